@@ -1,0 +1,255 @@
+"""The `milo` quantizer of transformers: loads compressed folders, compresses on load, saves bit-exactly.
+
+Loading replaces modules on the meta device and leaves the rest to transformers' loader, which finds every packed
+tensor under its own name. Compressing on load (`from_pretrained(ORIGINAL, quantization_config=MiloConfig())`) plans
+from the checkpoint's headers, then solves each parameter the moment it is read, so that the 16-bit model never
+exists as a whole; the result is that of `milo quantize`, bit for bit when loaded in the source dtype.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.core_model_loading import ConversionOps
+from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from milo.checkpoint.compressed import QUANT_METHOD, plan_from_config
+from milo.checkpoint.source import Checkpoint
+from milo.errors import CheckpointError
+from milo.integrations.transformers.assembly import Conversion, Site, anchored, finish, sites
+from milo.integrations.transformers.structure import placements
+from milo.pipeline.compress import quantization_config
+from milo.pipeline.planning import Source, plan_source
+from milo.pipeline.work import pieces, solve_piece
+from milo.plan.plan import Plan
+from milo.plan.recipe import DEFAULT, Recipe, custom_recipe
+
+
+@register_quantization_config(QUANT_METHOD)
+class MiloConfig(QuantizationConfigMixin):
+    """How to compress, or (read from a compressed folder) how it was compressed.
+
+    Args:
+        recipe: `rtn`, `hqq`, `milo-s1` or `milo-s2`; the other arguments override what it says.
+        bits: 2, 3, 4, 5, 6 or 8.
+        group_size: 32, 64 or 128.
+        ranks: rank policy, e.g. `dense:512+kurtosis:16`.
+        grid: `rtn` or `hqq`.
+        rounds: solves of the alternation at most.
+        factor: `int3`, `int8` or `fp16`.
+        scale_bits: 16, 8 or 6.
+        zero_bits: 16, 8 or 6.
+        counts: routing counts by experts block, for the frequency policy (`milo profile` writes them).
+        kwargs: the fields of a compressed folder's `quantization_config`.
+
+    Raises:
+        PlanError: a value that does not exist.
+    """
+
+    def __init__(
+        self,
+        recipe: str = DEFAULT,
+        bits: int | None = None,
+        group_size: int | None = None,
+        ranks: str | None = None,
+        grid: str | None = None,
+        rounds: int | None = None,
+        factor: str | None = None,
+        scale_bits: int | None = None,
+        zero_bits: int | None = None,
+        counts: dict[str, list[float]] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        self.quant_method = QUANT_METHOD
+        self.recipe, self.ranks, self.grid, self.rounds, self.counts = recipe, ranks, grid, rounds, counts
+        self.bits, self.group_size, self.factor = bits, group_size, factor
+        self.scale_bits, self.zero_bits = scale_bits, zero_bits
+        self.compressed: dict[str, Any] | None = None
+        if "plan" in kwargs:
+            self.compressed = {**kwargs, "quant_method": QUANT_METHOD}
+        self.for_model({})  # bad values are refused here, not an hour into a run
+
+    def for_model(self, config: dict[str, Any]) -> Recipe:
+        """The recipe for a model with this `config.json`."""
+        return custom_recipe(
+            self.recipe,
+            config,
+            ranks=self.ranks,
+            grid=self.grid,
+            rounds=self.rounds,
+            bits=self.bits,
+            group_size=self.group_size,
+            factor=self.factor,
+            scale_bits=self.scale_bits,
+            zero_bits=self.zero_bits,
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """What goes into `config.json`: the compressed model's fields, or the knobs before compression."""
+        if self.compressed is not None:
+            return dict(self.compressed)
+        return {key: value for key, value in vars(self).items() if value is not None}
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        return self.to_dict()
+
+    def set_plan(self, plan: Plan, base_model: str | None) -> None:
+        """Record what was done."""
+        self.compressed = quantization_config(plan, base_model)
+
+    def plan(self, where: str) -> Plan:
+        """The plan of a compressed model, checked."""
+        return plan_from_config(self.compressed or {}, where)
+
+
+@register_quantizer(QUANT_METHOD)
+class MiloQuantizer(HfQuantizer):
+    """transformers calls this; see the module's docstring."""
+
+    requires_calibration = False
+
+    def __init__(self, quantization_config: MiloConfig, **kwargs: Any) -> None:
+        super().__init__(quantization_config, **kwargs)
+        self._sites: list[Site] = []
+        self._plan: Plan | None = None
+        self._pending: dict[str, list[Site]] = defaultdict(list)
+
+    @property
+    def is_trainable(self) -> bool:
+        return False
+
+    def is_serializable(self) -> bool:
+        return True
+
+    def _process_model_before_weight_loading(
+        self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **kwargs: Any
+    ) -> None:
+        config: MiloConfig = self.quantization_config
+        if self.pre_quantized:
+            self._plan = config.plan(model.config.name_or_path or type(model).__name__)
+            self._sites = sites(model, self._plan)
+            for site in self._sites:
+                site.attach(model)
+            finish(model, self._sites)
+            return
+        if not checkpoint_files:
+            raise CheckpointError("compressing on load needs a checkpoint on disk; use milo.compress_model instead")
+        checkpoint = Checkpoint(Path(checkpoint_files[0]).parent)
+        shapes = {name: info.shape for name, info in checkpoint.tensors.items()}
+        source = Source.of(checkpoint, placements(model, shapes))
+        self._plan = plan_source(source, config.for_model(checkpoint.config), counts=config.counts)
+        self._sites = sites(model, self._plan)
+        for site in self._sites:
+            for parameter in _parameters(site):
+                self._pending[parameter].append(site)
+        config.set_plan(self._plan, model.config.name_or_path)
+
+    def update_weight_conversions(
+        self, weight_conversions: list[Conversion], model: PreTrainedModel | None = None
+    ) -> list[Conversion]:
+        return anchored(weight_conversions) if self.pre_quantized else weight_conversions
+
+    def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **kwargs: Any) -> bool:
+        return param_name in self._pending
+
+    def get_quantize_ops(self) -> ConversionOps:
+        assert self._plan is not None
+        return _CompressOnLoad(self._pending, self._plan.rounds)
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+        if not self.pre_quantized:
+            finish(model, self._sites)
+            keep_plain_conversions(model, self._sites)
+        return model
+
+
+class _CompressOnLoad(ConversionOps):
+    """Solves the rows that a freshly read parameter feeds and puts the result in its place."""
+
+    def __init__(self, pending: dict[str, list[Site]], rounds: int) -> None:
+        self._pending, self._rounds = pending, rounds
+
+    @torch.no_grad()
+    def convert(
+        self,
+        input_dict: dict[str, Any],
+        source_patterns: list[str],
+        target_patterns: list[str],
+        full_layer_name: str = "",
+        model: nn.Module | None = None,
+        missing_keys: set[str] | None = None,
+        **kwargs: Any,
+    ) -> dict[str, torch.Tensor]:
+        assert model is not None
+        for name, value in input_dict.items():
+            weight = value[0] if isinstance(value, list) else value
+            for site in self._pending[name]:
+                stack = weight[None] if weight.ndim == 2 else site.cut(weight, model)
+                compress_site(site, model, stack, self._rounds, name)
+            if missing_keys is not None:
+                missing_keys.discard(name)
+        return {}
+
+
+def compress_site(
+    site: Site, model: nn.Module, weight: torch.Tensor, rounds: int, parameter: str | None = None
+) -> list[Any]:
+    """Solve one row from `weight [E, N, K]` and attach the result.
+
+    Args:
+        site: where it goes.
+        model: the model.
+        weight: its weights.
+        rounds: solves at most.
+        parameter: for a row of separate linears, the one that `weight` belongs to; None for all of them.
+
+    Returns:
+        The solved matrices.
+    """
+    if parameter is not None and site.placement.kind == "linear":
+        site = site.only(parameter.removesuffix(".weight"))
+    solved = [s for members in pieces(site.row) for s in solve_piece(_cut(weight, members), site.row, members, rounds)]
+    site.attach(model, solved)
+    for matrix in site.matrices(model):
+        for tensor in matrix.parameters():
+            tensor._is_hf_initialized = True  # type: ignore[attr-defined]
+    model.get_submodule(site.placement.module)._is_hf_initialized = True  # type: ignore[assignment]
+    return solved
+
+
+def keep_plain_conversions(model: PreTrainedModel, all_sites: list[Site]) -> None:
+    """Leave only conversions that do not touch compressed parameters, so that saving writes packed names as they are.
+
+    Experts are registered under their checkpoint names already; splitting a fused parameter that is gone has
+    nothing to do, but its pattern could match a stack of the same name.
+    """
+    from transformers.conversion_mapping import get_model_conversion_mapping
+
+    conversions = getattr(model, "_weight_conversions", None)
+    if conversions is None:
+        conversions = get_model_conversion_mapping(model, add_legacy=False)
+    experts = {f"{s.placement.module}.{s.placement.parameter}" for s in all_sites if s.placement.kind == "experts"}
+    model._weight_conversions = [
+        c for c in conversions if not any(_touches(target, experts) for target in c._original_target_patterns)
+    ]
+
+
+def _touches(pattern: str, names: set[str]) -> bool:
+    tail = pattern.replace("\\.", ".").lstrip(".^")
+    return any(name.endswith(tail) for name in names)
+
+
+def _cut(weight: torch.Tensor, members: range) -> torch.Tensor:
+    return weight if len(members) == weight.shape[0] else weight[members.start : members.stop]
+
+
+def _parameters(site: Site) -> list[str]:
+    if site.placement.kind == "linear":
+        return [f"{path}.weight" for path in site.paths]
+    return [f"{site.placement.module}.{site.placement.parameter}"]

@@ -1,0 +1,1 @@
+"""Operations on compressed matrices. They know tensors and encodings, never models."""

@@ -1,0 +1,1 @@
+"""`torch.nn` modules that hold compressed weights and stay packed in memory."""

@@ -1,0 +1,67 @@
+"""From a source to a plan: inventory, recipe, and whatever of the weights the rank policy wants to see."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from milo.checkpoint.inventory import Inventory, Placement, take_inventory
+from milo.checkpoint.source import Checkpoint
+from milo.pipeline.work import piece_bytes, read_matrices
+from milo.plan.plan import Plan, make_plan
+from milo.plan.ranks import Evidence
+from milo.plan.recipe import Recipe
+from milo.plan.statistics import WeightStatistics
+
+
+@dataclass(frozen=True)
+class Source:
+    """An opened checkpoint and what is in it."""
+
+    checkpoint: Checkpoint
+    inventory: Inventory
+
+    @classmethod
+    def of(cls, checkpoint: Checkpoint, placements: Mapping[str, Placement] | None) -> Source:
+        """Take the inventory of a checkpoint.
+
+        Args:
+            checkpoint: the opened folder.
+            placements: what the model's class says of its tensors, None if there is no class.
+        """
+        heads = [info for info in checkpoint.tensors.values() if not checkpoint.is_block_scale(info.name)]
+        return cls(checkpoint, take_inventory(heads, checkpoint.config, placements))
+
+    @property
+    def sixteen_bit_bytes(self) -> int:
+        """Bytes of the weights that can be compressed, at 16 bits each."""
+        return 2 * sum(group.parameters for group in self.inventory.groups)
+
+
+def plan_source(
+    source: Source,
+    recipe: Recipe,
+    *,
+    counts: Mapping[str, Sequence[float]] | None = None,
+    on_group: Callable[[str], None] = lambda name: None,
+) -> Plan:
+    """Make the plan; weights are read only if the rank policy looks at them.
+
+    Args:
+        source: an opened source.
+        recipe: what the user chose.
+        counts: routing counts for the frequency policy.
+        on_group: called before a group's weights are read.
+
+    Raises:
+        PlanError: the policy is unknown or lacks counts.
+        WeightError: NaN or Inf in a weight that was looked at.
+    """
+    statistics = WeightStatistics(lambda group: read_matrices(source.checkpoint, group), on_group)
+    evidence = Evidence(statistics.kurtosis, counts)
+    return make_plan(source.inventory, recipe, source.checkpoint.config, evidence)
+
+
+def peak_bytes(plan: Plan) -> int:
+    """Peak memory of carrying the plan out, the Python process itself excluded."""
+    return max(piece_bytes(row) for row in plan.rows)

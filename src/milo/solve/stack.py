@@ -1,0 +1,148 @@
+"""One work item: a stack of equal-shaped matrices in, their stored tensors and errors out.
+
+Members of rank 0 need a single solve. The others are bucketed by rank (powers of two), so that a stack in which one
+expert has rank 1024 and its neighbours 8 does not pay 1024 for all.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from milo.errors import PlanError, WeightError
+from milo.format.codes import pack_words
+from milo.format.matrix import Encoding
+from milo.solve.alternate import alternate
+from milo.solve.factors import round_factors
+from milo.solve.grid import Grid, decode, encode, grid_tensors, minmax_grid
+from milo.solve.half_quadratic import half_quadratic
+
+
+def _hqq(target: torch.Tensor, encoding: Encoding) -> Grid:
+    return half_quadratic(target, minmax_grid(target, encoding), encoding)
+
+
+GRIDS: dict[str, Callable[[torch.Tensor, Encoding], Grid]] = {"rtn": minmax_grid, "hqq": _hqq}
+
+
+@dataclass
+class Solved:
+    """One compressed matrix.
+
+    Attributes:
+        tensors: named as in the format (`weight_packed`, ..., `lowrank_v_scale`), on the device of the input.
+        error: relative Frobenius error `‖W − Ŵ‖ / ‖W‖` of what is stored (0 for a zero matrix).
+        error_unrounded: the same before the factors were rounded.
+        rounds: solves that ran.
+    """
+
+    tensors: dict[str, torch.Tensor]
+    error: float
+    error_unrounded: float
+    rounds: int
+
+
+def solve_stack(
+    weight: torch.Tensor,
+    ranks: list[int],
+    encoding: Encoding,
+    grid: str = "hqq",
+    rounds: int = 20,
+    name: str = "weight",
+) -> list[Solved]:
+    """Compress every matrix of a stack.
+
+    Args:
+        weight: `[E, N, K]`, any floating dtype, CPU or CUDA.
+        ranks: rank of each matrix, 0 to `min(N, K)`.
+        encoding: how the result is written.
+        grid: `rtn` or `hqq`.
+        rounds: solves of the alternation at most (matrices of rank 0 take one).
+        name: used in error messages.
+
+    Returns:
+        One `Solved` a matrix, in order.
+
+    Raises:
+        WeightError: NaN, Inf, or a magnitude beyond fp16 in the weights.
+        PlanError: unknown grid, or ranks that do not fit the stack.
+    """
+    if grid not in GRIDS:
+        raise PlanError(f"unknown grid {grid!r}; choose one of {', '.join(GRIDS)}")
+    if len(ranks) != weight.shape[0] or min(ranks) < 0 or max(ranks) > min(weight.shape[1:]):
+        raise PlanError(f"{name}: ranks {ranks} do not fit a stack of shape {tuple(weight.shape)}")
+    weight = weight.float()
+    _check_values(weight, name)
+    results: dict[int, Solved] = {}
+    for members in _buckets(ranks):
+        index = torch.tensor(members, device=weight.device)
+        part = weight if len(members) == weight.shape[0] else weight[index]
+        solved = _solve_bucket(part, [ranks[m] for m in members], encoding, grid, rounds)
+        results.update(zip(members, solved, strict=True))
+    return [results[m] for m in range(len(ranks))]
+
+
+def _solve_bucket(
+    weight: torch.Tensor, ranks: list[int], encoding: Encoding, grid: str, rounds: int
+) -> list[Solved]:
+    search = GRIDS[grid]
+    ran = [1] * len(ranks)
+    if max(ranks) == 0:
+        found = search(weight, encoding)
+        codes = encode(weight, found, encoding)
+    else:
+        best = alternate(weight, ranks, search, encoding, rounds)
+        found, codes, ran = best.grid, best.codes, best.rounds.tolist()
+    residual = weight - decode(codes, found, encoding)
+    unrounded = error = torch.linalg.vector_norm(residual, dim=(1, 2)).double()
+    factors: list[dict[str, torch.Tensor]] = [{} for _ in ranks]
+    if max(ranks) > 0:
+        unrounded = best.error
+        for i, rank in enumerate(ranks):
+            u, v = best.u[i, :, :rank], best.v[i, :rank]
+            factors[i], product = round_factors(residual[i], u, v, encoding.factor)
+            residual[i] = weight[i] - product
+        # The codes have the last word: nearest to what the rounded compensators leave, on the same grid.
+        codes = encode(residual, found, encoding)
+        residual -= decode(codes, found, encoding)
+        error = torch.linalg.vector_norm(residual, dim=(1, 2)).double()
+
+    norm = torch.linalg.vector_norm(weight, dim=(1, 2)).double()
+    relative = torch.where(norm > 0, 1 / norm, 0.0)
+    errors, errors_unrounded = (error * relative).tolist(), (unrounded * relative).tolist()
+    stacked = _code_tensors(codes, encoding) | grid_tensors(found, encoding)
+    return [
+        Solved({k: t[i] for k, t in stacked.items()} | factors[i], errors[i], errors_unrounded[i], ran[i])
+        for i in range(len(ranks))
+    ]
+
+
+def _code_tensors(codes: torch.Tensor, encoding: Encoding) -> dict[str, torch.Tensor]:
+    if encoding.planes == 1:
+        return {"weight_packed": pack_words(codes, encoding.bits)}
+    low = codes & (2**encoding.plane_bits - 1)
+    return {
+        "weight_packed": pack_words(low, encoding.plane_bits),
+        "weight_packed_hi": pack_words(codes >> encoding.plane_bits, encoding.plane_bits),
+    }
+
+
+def _buckets(ranks: list[int]) -> list[list[int]]:
+    """Members grouped by `rank.bit_length()`, lowest ranks first."""
+    grouped: dict[int, list[int]] = defaultdict(list)
+    for member, rank in enumerate(ranks):
+        grouped[rank.bit_length()].append(member)
+    return [grouped[key] for key in sorted(grouped)]
+
+
+def _check_values(weight: torch.Tensor, name: str) -> None:
+    top = weight.abs().amax(dim=(1, 2))
+    bad = (~torch.isfinite(top)).nonzero().flatten().tolist()  # a NaN anywhere survives amax
+    if bad:
+        where = f" (member {bad[0]} of {weight.shape[0]})" if weight.shape[0] > 1 else ""
+        raise WeightError(f"{name}{where} holds NaN or Inf; the source checkpoint is damaged")
+    if top.max() > 65504:
+        raise WeightError(f"{name} holds {top.max().item():.3g}, beyond what fp16 scales can express (65504)")
