@@ -45,8 +45,9 @@ class CompressedMatrix(nn.Module):
 
     def fill(self, member: int, tensors: Mapping[str, torch.Tensor]) -> None:
         """Copy one solved matrix into its place."""
-        for name, view in self.member(member).items():
-            view.copy_(tensors[name])
+        views = self.member(member)
+        for name, tensor in tensors.items():
+            views[name].copy_(tensor)
 
     def member(self, member: int = 0) -> dict[str, torch.Tensor]:
         """The tensors of one matrix (views), by suffix."""

@@ -11,7 +11,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from itertools import groupby
 from math import prod
@@ -52,10 +52,6 @@ class Row:
     @property
     def parameters(self) -> int:
         return len(self.ranks) * prod(self.shape)
-
-    def only(self, member: int) -> Row:
-        """The row of one member of a group of experts."""
-        return replace(self, name=self.matrices()[member], kind=Kind.SINGLE, ranks=(self.ranks[member],))
 
     def matrices(self) -> list[str]:
         """Names of the stored matrices: one an expert, or the single matrix or stack."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -48,11 +48,6 @@ class Site:
             return torch.stack([model.get_submodule(path).weight.data for path in self.paths])  # type: ignore[union-attr]
         return self.cut(getattr(model.get_submodule(self.placement.module), self.placement.parameter).data, model)
 
-    def only(self, path: str) -> Site:
-        """The site of one member of a row of separate linears."""
-        member = self.paths.index(path)
-        return replace(self, row=self.row.only(member), paths=(path,))
-
     def cut(self, parameter: torch.Tensor, model: nn.Module) -> torch.Tensor:
         """This row's part of a fused experts parameter, as `[E, N, K]`."""
         stack = parameter.mT if model.get_submodule(self.placement.module).is_transposed else parameter
@@ -83,17 +78,22 @@ class Site:
         return [model.get_submodule(path) for path in self.paths]  # type: ignore[misc]
 
 
-def sites(model: PreTrainedModel, plan: Plan, conversions: Sequence[Conversion] | None = None) -> list[Site]:
+def sites(model: PreTrainedModel, plan: Plan) -> list[Site]:
     """A site for every row of the plan.
 
     Raises:
         FormatError: the plan names matrices that the model does not have, or of another shape.
     """
-    conversions = anchored(get_model_conversion_mapping(model)) if conversions is None else conversions
-    renamings = [c for c in conversions if isinstance(c, WeightRenaming)]
+    renamings = [c for c in anchored(get_model_conversion_mapping(model), set()) if isinstance(c, WeightRenaming)]
     names = {candidate for row in plan.rows for candidate in _source_names(row, 0)}
     placed = placements(model, dict.fromkeys(names))
     return [_site(model, row, placed, renamings) for row in plan.rows]
+
+
+def fused_parameters(all_sites: Sequence[Site]) -> set[str]:
+    """Names of the experts parameters that the sites replace."""
+    places = [site.placement for site in all_sites if site.placement.kind == "experts"]
+    return {f"{place.module}.{place.parameter}" for place in places}
 
 
 def finish(model: PreTrainedModel, all_sites: Sequence[Site]) -> None:
@@ -116,31 +116,43 @@ def finish(model: PreTrainedModel, all_sites: Sequence[Site]) -> None:
             projections[parameter] = Projection([site.matrices(model) for site in ordered])
             if parameter in experts._parameters:
                 del experts._parameters[parameter]
-        if getattr(type(experts), "projections", None) is None and not hasattr(experts, "projections"):
-            compress_experts(experts, projections)
+        compress_experts(experts, projections)
     for path, module in model.named_modules():
         kept = [name for name, p in module.named_parameters(recurse=False) if p.ndim == 3]
         if is_experts(module) and kept and path in blocks:
             raise UnsupportedModelError(f"{path}.{kept[0]} ({type(module).__name__}) stays uncompressed")
 
 
-def anchored(conversions: Sequence[Conversion]) -> list[Conversion]:
-    """Conversions that match whole names only, so that `…w1.weight` leaves `…w1.weight_packed` alone.
+def anchored(conversions: Sequence[Conversion], experts: set[str]) -> list[Conversion]:
+    """Conversions that leave packed names alone: `…w1.weight` must not match inside `…w1.weight_packed`.
 
-    transformers 5.22 ends patterns at a name boundary by itself; a `.` after the pattern (`experts.down_proj` in
-    `experts.down_proj.weight_packed`) needs the anchor there too.
+    Args:
+        conversions: the model's.
+        experts: names of the fused parameters that are compressed.
+
+    transformers 5.22 ends patterns at a name boundary by itself, but a `.` may still follow (a converter of
+    `experts.down_proj` would take `experts.down_proj.weight_packed`).
     """
-    return [_anchor(c) for c in conversions]
+    cut_short = WeightRenaming("a.weight", "b.weight").rename_source_key("a.weight_packed")[0] != "a.weight_packed"
+    return [_anchor(c) if _reaches(c, experts, cut_short) else c for c in conversions]
+
+
+def touches(conversion: Conversion, experts: set[str]) -> bool:
+    """Whether a conversion writes one of the named parameters."""
+    tails = [target.replace("\\.", ".").lstrip("^") for target in conversion._original_target_patterns]
+    return any(name.endswith(tail) for name in experts for tail in tails)
+
+
+def _reaches(conversion: Conversion, experts: set[str], cut_short: bool) -> bool:
+    if type(conversion) is WeightConverter:
+        return touches(conversion, experts)
+    ends = any(source.endswith("weight") for source in conversion._original_source_patterns)
+    return type(conversion) is WeightRenaming and cut_short and ends
 
 
 def _anchor(conversion: Conversion) -> Conversion:
-    sources = conversion._original_source_patterns
-    whole_name = type(conversion) is WeightConverter or (
-        type(conversion) is WeightRenaming and any(s.endswith("weight") for s in sources)
-    )
-    if not whole_name:
-        return conversion
-    sources = [s if s.endswith("$") or not s[-1].isalnum() else s + "$" for s in sources]
+    # A negative lookahead, because transformers strips those (and not `$`) when it reverses a conversion to save.
+    sources = [f"{source}(?![\\w.])" for source in conversion._original_source_patterns]
     targets = list(conversion._original_target_patterns)
     if isinstance(conversion, WeightConverter):
         copy: Conversion = WeightConverter(sources, targets, operations=list(conversion.operations))

@@ -15,20 +15,30 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.core_model_loading import ConversionOps
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import ConversionOps, PrefixChange
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from milo.checkpoint.compressed import QUANT_METHOD, plan_from_config
 from milo.checkpoint.source import Checkpoint
 from milo.errors import CheckpointError
-from milo.integrations.transformers.assembly import Conversion, Site, anchored, finish, sites
+from milo.integrations.transformers.assembly import (
+    Conversion,
+    Site,
+    anchored,
+    finish,
+    fused_parameters,
+    sites,
+    touches,
+)
 from milo.integrations.transformers.structure import placements
 from milo.pipeline.compress import quantization_config
 from milo.pipeline.planning import Source, plan_source
 from milo.pipeline.work import pieces, solve_piece
 from milo.plan.plan import Plan
 from milo.plan.recipe import DEFAULT, Recipe, custom_recipe
+from milo.solve.stack import Solved
 
 
 @register_quantization_config(QUANT_METHOD)
@@ -119,6 +129,7 @@ class MiloQuantizer(HfQuantizer):
         self._sites: list[Site] = []
         self._plan: Plan | None = None
         self._pending: dict[str, list[Site]] = defaultdict(list)
+        self._held: dict[str, torch.Tensor] = {}
 
     @property
     def is_trainable(self) -> bool:
@@ -153,14 +164,16 @@ class MiloQuantizer(HfQuantizer):
     def update_weight_conversions(
         self, weight_conversions: list[Conversion], model: PreTrainedModel | None = None
     ) -> list[Conversion]:
-        return anchored(weight_conversions) if self.pre_quantized else weight_conversions
+        if not self.pre_quantized:
+            return weight_conversions
+        return anchored(weight_conversions, fused_parameters(self._sites))
 
     def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **kwargs: Any) -> bool:
         return param_name in self._pending
 
     def get_quantize_ops(self) -> ConversionOps:
         assert self._plan is not None
-        return _CompressOnLoad(self._pending, self._plan.rounds)
+        return _CompressOnLoad(self._pending, self._plan.rounds, self._held)
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         if not self.pre_quantized:
@@ -170,10 +183,14 @@ class MiloQuantizer(HfQuantizer):
 
 
 class _CompressOnLoad(ConversionOps):
-    """Solves the rows that a freshly read parameter feeds and puts the result in its place."""
+    """Solves the rows that a freshly read parameter feeds and puts the result in its place.
 
-    def __init__(self, pending: dict[str, list[Site]], rounds: int) -> None:
-        self._pending, self._rounds = pending, rounds
+    Experts that are separate linears are held back until all of a row are there: a row is solved as one stack,
+    whoever solves it, so that the result does not depend on the way it was read.
+    """
+
+    def __init__(self, pending: dict[str, list[Site]], rounds: int, held: dict[str, torch.Tensor]) -> None:
+        self._pending, self._rounds, self._held = pending, rounds, held
 
     @torch.no_grad()
     def convert(
@@ -190,16 +207,20 @@ class _CompressOnLoad(ConversionOps):
         for name, value in input_dict.items():
             weight = value[0] if isinstance(value, list) else value
             for site in self._pending[name]:
-                stack = weight[None] if weight.ndim == 2 else site.cut(weight, model)
-                compress_site(site, model, stack, self._rounds, name)
+                if site.placement.kind == "experts":
+                    compress_site(site, model, site.cut(weight, model), self._rounds)
+                    continue
+                self._held[name] = weight
+                members = _parameters(site)
+                if all(member in self._held for member in members):
+                    stack = torch.stack([self._held.pop(member) for member in members])
+                    compress_site(site, model, stack, self._rounds)
             if missing_keys is not None:
                 missing_keys.discard(name)
         return {}
 
 
-def compress_site(
-    site: Site, model: nn.Module, weight: torch.Tensor, rounds: int, parameter: str | None = None
-) -> list[Any]:
+def compress_site(site: Site, model: nn.Module, weight: torch.Tensor, rounds: int) -> list[Solved]:
     """Solve one row from `weight [E, N, K]` and attach the result.
 
     Args:
@@ -207,14 +228,11 @@ def compress_site(
         model: the model.
         weight: its weights.
         rounds: solves at most.
-        parameter: for a row of separate linears, the one that `weight` belongs to; None for all of them.
 
     Returns:
         The solved matrices.
     """
-    if parameter is not None and site.placement.kind == "linear":
-        site = site.only(parameter.removesuffix(".weight"))
-    solved = [s for members in pieces(site.row) for s in solve_piece(_cut(weight, members), site.row, members, rounds)]
+    solved = [s for part in pieces(site.row) for s in solve_piece(_cut(weight, part), site.row, part, rounds)]
     site.attach(model, solved)
     for matrix in site.matrices(model):
         for tensor in matrix.parameters():
@@ -229,20 +247,12 @@ def keep_plain_conversions(model: PreTrainedModel, all_sites: list[Site]) -> Non
     Experts are registered under their checkpoint names already; splitting a fused parameter that is gone has
     nothing to do, but its pattern could match a stack of the same name.
     """
-    from transformers.conversion_mapping import get_model_conversion_mapping
-
     conversions = getattr(model, "_weight_conversions", None)
-    if conversions is None:
+    if conversions is None:  # not from from_pretrained: what save_pretrained would take itself
         conversions = get_model_conversion_mapping(model, add_legacy=False)
-    experts = {f"{s.placement.module}.{s.placement.parameter}" for s in all_sites if s.placement.kind == "experts"}
-    model._weight_conversions = [
-        c for c in conversions if not any(_touches(target, experts) for target in c._original_target_patterns)
-    ]
-
-
-def _touches(pattern: str, names: set[str]) -> bool:
-    tail = pattern.replace("\\.", ".").lstrip(".^")
-    return any(name.endswith(tail) for name in names)
+        conversions = [c for c in conversions if not isinstance(c, PrefixChange)]
+    experts = fused_parameters(all_sites)
+    model._weight_conversions = [c for c in conversions if not touches(c, experts)]
 
 
 def _cut(weight: torch.Tensor, members: range) -> torch.Tensor:

@@ -65,13 +65,15 @@ def placements(
     converters = [c for c in conversions if isinstance(c, WeightConverter)]
     by_pattern = {pattern: c for c in converters for pattern in c.source_patterns}
     state: dict[str, Any] = dict(model.state_dict())
+    pairs = getattr(model, "all_tied_weights_keys", None) or {}
+    tied = frozenset(pairs) | frozenset(pairs.values())
     found = {}
     for name, shape in shapes.items():
         target, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, state)
         if target not in state and name in state:
             target, pattern = name, None
         if target in state:
-            found[name] = _place(model, target, state[target], shape, by_pattern.get(pattern), pattern)
+            found[name] = _place(model, target, state[target], shape, by_pattern.get(pattern), pattern, tied)
     return found
 
 
@@ -82,15 +84,19 @@ def _place(
     shape: tuple[int, ...] | None,
     converter: WeightConverter | None,
     pattern: str | None,
+    tied: frozenset[str],
 ) -> Placement:
     path, _, parameter = target.rpartition(".")
     module = model.get_submodule(path)
     owner = type(module).__name__
     if isinstance(module, nn.Linear) and parameter == "weight":
-        kind = "linear" if converter is None else "other"
-        return Placement(path, parameter, owner, kind)
+        # A subclass with a forward of its own (grouped, quantised, ...) is no plain x·Wᵀ.
+        plain = type(module).forward is nn.Linear.forward and converter is None and target not in tied
+        return Placement(path, parameter, owner, "linear" if plain else "other")
     if not _is_expert_weight(path, parameter, owner, value):
         return Placement(path, parameter, owner, "other")
+    if target in tied:
+        return Placement(path, parameter, owner, "refused", reason="its weights are tied to another module's")
     if not is_experts(module) or value.ndim != 3:
         reason = "the class does not follow transformers' experts contract (use_experts_implementation)"
         return Placement(path, parameter, owner, "refused", reason=reason)
