@@ -121,9 +121,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "deepseek_ocr2_text": {"mlp_layer_types": ["dense", "sparse"]},
     "unlimited_ocr_text": {"mlp_layer_types": ["dense", "sparse"]},
     "granitemoehybrid": {"layer_types": ["linear_attention", "full_attention"]},
-    "jamba": {
-        f"{kind}_layer_{x}": n for kind in ("attn", "expert") for x, n in (("period", 2), ("offset", 1))
-    },
+    "jamba": {f"{kind}_layer_{x}": n for kind in ("attn", "expert") for x, n in (("period", 2), ("offset", 1))},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
     "nllb-moe": {"encoder_sparse_step": 2, "decoder_sparse_step": 2},
     "switch_transformers": {"num_sparse_encoder_layers": 1, "num_sparse_decoder_layers": 1},
@@ -166,9 +164,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "dots3_note_vision_encoder": {"num_hidden_layers": 2, "pyramid_num_routed": [-1, EXPERTS]},
     "inkling_audio": {"n_mel_bins": 2},
     "radio": {"image_size": 32, "patch_size": 16, "max_img_size": 64},
-    "muse_spark_audio": {
-        **{"num_hidden_layers": 2, "patch_sizes": [4, 2], "hidden_sizes": [16, 16], "depths": [1, 1]}
-    },
+    "muse_spark_audio": {**{"num_hidden_layers": 2, "patch_sizes": [4, 2], "hidden_sizes": [16, 16], "depths": [1, 1]}},
 }
 
 # Types that are found but cannot be built as a tiny text MoE, with the reason.

@@ -22,12 +22,8 @@ def letter_tokenizer(template: str) -> PreTrainedTokenizerFast:
     """One token a letter; ``template`` says which special tokens stand around a text by default."""
     core = Tokenizer(models.WordLevel(LETTERS, unk_token="c"))
     core.pre_tokenizer = pre_tokenizers.Split("", "isolated")
-    core.post_processor = processors.TemplateProcessing(
-        single=template, special_tokens=[("[BOS]", 0), ("[EOS]", 1)]
-    )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=core, bos_token="[BOS]", eos_token="[EOS]", model_max_length=4
-    )
+    core.post_processor = processors.TemplateProcessing(single=template, special_tokens=[("[BOS]", 0), ("[EOS]", 1)])
+    return PreTrainedTokenizerFast(tokenizer_object=core, bos_token="[BOS]", eos_token="[EOS]", model_max_length=4)
 
 
 @pytest.mark.parametrize(

@@ -206,9 +206,7 @@ def _is_matrix(head: TensorHead) -> bool:
     return len(head.shape) == 2
 
 
-def _stack(
-    head: TensorHead, matrix: str, role: Role, placement: Placement | None, model: str
-) -> Group:
+def _stack(head: TensorHead, matrix: str, role: Role, placement: Placement | None, model: str) -> Group:
     if placement is None or placement.kind != "experts":
         raise UnsupportedModelError(
             f"{model}: {head.name} {tuple(head.shape)} fuses its experts into one tensor, and transformers has no "
@@ -216,9 +214,7 @@ def _stack(
         )
     count, first, second = head.shape
     shape = (second, first) if placement.transposed else (first, second)
-    return Group(
-        matrix, role, Kind.STACK, (head.name,), count, shape, head.dtype, transposed=placement.transposed
-    )
+    return Group(matrix, role, Kind.STACK, (head.name,), count, shape, head.dtype, transposed=placement.transposed)
 
 
 def _experts(name: str, members: dict[int, TensorHead]) -> Group:

@@ -28,7 +28,7 @@ _SKIPPED_FOLDERS = frozenset(
 _SKIPPED_PREFIXES = ("config-", "_sysconfig")
 
 _HELD_OUT_SHARE = 0.06
-_TRAIN_BYTES = 6_000_000
+_TRAIN_BYTES = 4_000_000
 _HELD_OUT_BYTES = 400_000
 _TOO_LITTLE_BYTES = 500_000
 
@@ -41,7 +41,7 @@ def stdlib_corpus(stdlib: Path | None = None) -> tuple[str, str]:
 
     Returns:
         ``(train_text, heldout_text)``: whole files in a fixed order, joined by blank lines, at most about
-        6 MB and 0.4 MB. No top-level module contributes to both.
+        4 MB and 0.4 MB. No top-level module contributes to both.
 
     Raises:
         MiloError: The folder holds too little source text, as in installations which ship the library only

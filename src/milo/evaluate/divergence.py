@@ -109,9 +109,7 @@ def divergence(
     )
 
 
-def _compare(
-    model_logits: torch.Tensor, original_logits: torch.Tensor, scored: int
-) -> tuple[torch.Tensor, int]:
+def _compare(model_logits: torch.Tensor, original_logits: torch.Tensor, scored: int) -> tuple[torch.Tensor, int]:
     """Compares one window's logits, both ``[L, vocabulary]``: the KLs, float64 ``[scored]`` on the CPU, and
     how many predictions have the same first choice."""
     if model_logits.shape != original_logits.shape:

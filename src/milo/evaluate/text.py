@@ -50,9 +50,7 @@ def _wikitext2() -> str:
     try:
         from datasets import load_dataset
     except ImportError as error:
-        raise MiloError(
-            f"WikiText-2 needs the 'datasets' package: pip install 'milo-moe[eval]'. {remedy}"
-        ) from error
+        raise MiloError(f"WikiText-2 needs the 'datasets' package: pip install 'milo-moe[eval]'. {remedy}") from error
     try:
         rows = load_dataset("Salesforce/wikitext", "wikitext-2-raw-v1", split="test")
     # `datasets` raises many unrelated types for a missing network: connection errors, hub errors, OSError.

@@ -82,7 +82,7 @@ class Encoding:
             ("factor", tuple(FACTOR_BITS)),
         ):
             value = getattr(self, field)
-            if value not in allowed or isinstance(value, bool):
+            if value not in allowed or type(value) is not type(allowed[0]):
                 raise PlanError(f"{field} = {value!r} is not supported; choose one of {', '.join(map(str, allowed))}")
 
     @property

@@ -7,7 +7,7 @@ matrix products change hands.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import nn
@@ -37,10 +37,17 @@ class Projection:
 class CompressedExperts(nn.Module):
     """Mixin: the forward of transformers' experts contract over compressed projections.
 
-    The attributes `has_gate`, `has_bias`, `num_experts`, `_apply_gate`, ... come from the class behind it.
+    Gating, activation, biases and norms come from the class behind it.
     """
 
     projections: dict[str, Projection]
+    # Of the class behind the mixin:
+    num_experts: int
+    has_gate: bool
+    has_bias: bool
+    _apply_gate: Callable[[torch.Tensor], torch.Tensor]
+    act_fn: Callable[[torch.Tensor], torch.Tensor]
+    post_expert_norm: Callable[[torch.Tensor], torch.Tensor]
 
     def forward(
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
@@ -86,5 +93,3 @@ def compress_experts(experts: nn.Module, projections: dict[str, Projection]) -> 
     owner = type(experts)
     experts.__class__ = type(f"Milo{owner.__name__}", (CompressedExperts, owner), {})
     experts.projections = projections  # type: ignore[assignment]
-    # The model's own _init_weights recognises the class and would touch the parameters that are gone.
-    experts._is_hf_initialized = True  # type: ignore[assignment]

@@ -37,7 +37,7 @@ class CompressedMatrix(nn.Module):
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
-        self.encoding, self.shape, self.ranks, self.stacked = encoding, tuple(shape), tuple(ranks), stacked
+        self.encoding, self.shape, self.ranks, self.stacked = encoding, shape, tuple(ranks), stacked
         full = (len(self.ranks), *shape) if stacked else tuple(shape)
         for name, spec in encoding.tensors(full, sum(self.ranks)).items():
             empty = torch.empty(spec.shape, dtype=_DTYPES[spec.dtype], device=device)
@@ -111,12 +111,11 @@ class CompressedLinear(CompressedMatrix):
         self.out_features, self.in_features = shape
         self.dtype = dtype
         empty = torch.empty(shape[0], dtype=dtype, device=device) if bias else None
+        self.bias: nn.Parameter | None = None
         self.register_parameter("bias", nn.Parameter(empty, requires_grad=False) if empty is not None else None)
 
     @classmethod
-    def like(
-        cls, linear: nn.Linear, encoding: Encoding, rank: int, device: torch.device | str
-    ) -> CompressedLinear:
+    def like(cls, linear: nn.Linear, encoding: Encoding, rank: int, device: torch.device | str) -> CompressedLinear:
         """An uninitialised replacement for `linear`, which keeps the same bias."""
         shape = (linear.out_features, linear.in_features)
         new = cls(encoding, shape, rank, linear.bias is not None, linear.weight.dtype, device)

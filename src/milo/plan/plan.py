@@ -167,7 +167,14 @@ def make_plan(inventory: Inventory, recipe: Recipe, config: Mapping[str, Any], e
 
 def _row(group: Group, ranks: Sequence[int], recipe: Recipe) -> Row:
     return Row(
-        group.name, group.role, group.kind, group.shape, tuple(ranks), recipe.encoding, recipe.grid, group.transposed
+        group.name,
+        group.role,
+        group.kind,
+        group.shape,
+        tuple(ranks),
+        recipe.encoding,
+        recipe.grid,
+        group.transposed,
     )
 
 

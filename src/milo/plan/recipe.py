@@ -8,7 +8,7 @@ size: dense layers h/8 and h/4, experts h/256 and h/128 on average, distributed 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from milo.errors import PlanError
@@ -36,7 +36,7 @@ class Recipe:
     ranks: str = "none"
     grid: str = "hqq"
     rounds: int = 20
-    encoding: Encoding = Encoding()
+    encoding: Encoding = field(default_factory=Encoding)
 
     def __post_init__(self) -> None:
         if self.grid not in GRIDS:
@@ -103,7 +103,7 @@ def custom_recipe(
     Raises:
         PlanError: a value that does not exist.
     """
-    turned = {"ranks": ranks, "grid": grid, "rounds": rounds}
+    turned: dict[str, Any] = {"ranks": ranks, "grid": grid, "rounds": rounds}
     recipe = replace(preset(name, config), **{k: v for k, v in turned.items() if v is not None})
     return recipe.with_encoding(**encoding)
 

@@ -51,8 +51,6 @@ class WeightStatistics:
             values = [excess_kurtosis(matrix) for matrix in self._read(group)]
             bad = next((i for i, value in enumerate(values) if value != value), None)
             if bad is not None:
-                raise WeightError(
-                    f"{group.name} (member {bad}) holds NaN or Inf; the source checkpoint is damaged"
-                )
+                raise WeightError(f"{group.name} (member {bad}) holds NaN or Inf; the source checkpoint is damaged")
             self._known[group.name] = values
         return self._known[group.name]

@@ -17,8 +17,8 @@ paper's plain loop.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 
@@ -34,10 +34,8 @@ DITHER_SPAN = 0.9
 _SEED = 0
 
 
-class GridSearch(Protocol):
-    """Chooses scales and zeros for a target `[E, N, K]`."""
-
-    def __call__(self, target: torch.Tensor, encoding: Encoding) -> Grid: ...
+# Chooses scales and zeros for a target `[E, N, K]`.
+GridSearch = Callable[[torch.Tensor, Encoding], Grid]
 
 
 @dataclass
@@ -151,4 +149,4 @@ def _settled(history: list[torch.Tensor]) -> torch.Tensor:
         return torch.zeros(history[-1].shape, dtype=torch.bool, device=history[-1].device)
     now = torch.stack(history[-WINDOW:]).mean(0)
     before = torch.stack(history[-WINDOW - 1 : -1]).mean(0)
-    return (before - now) < TOLERANCE * before
+    return (before - now) <= TOLERANCE * before  # "or equal" for an error of 0

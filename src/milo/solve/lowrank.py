@@ -84,9 +84,7 @@ def _exact(residual: torch.Tensor, rank: int) -> LowRank:
     return LowRank(flipped.v.mT, flipped.u.mT, None, flipped.energy)
 
 
-def _split(
-    left: torch.Tensor, right: torch.Tensor, energy: torch.Tensor, rank: int, keep_basis: bool
-) -> LowRank:
+def _split(left: torch.Tensor, right: torch.Tensor, energy: torch.Tensor, rank: int, keep_basis: bool) -> LowRank:
     """From `R ≈ left·right` with orthonormal `left [E, N, q]` and `right = diag(σ)·Vᵀ [E, q, K]`."""
     sigma = energy.sqrt()
     normal = right / sigma.clamp(min=1e-30)[..., None]

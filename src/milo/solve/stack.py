@@ -7,7 +7,6 @@ expert has rank 1024 and its neighbours 8 does not pay 1024 for all.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -15,7 +14,7 @@ import torch
 from milo.errors import PlanError, WeightError
 from milo.format.codes import pack_words
 from milo.format.matrix import Encoding
-from milo.solve.alternate import alternate
+from milo.solve.alternate import GridSearch, alternate
 from milo.solve.factors import round_factors
 from milo.solve.grid import Grid, decode, encode, grid_tensors, minmax_grid
 from milo.solve.half_quadratic import half_quadratic
@@ -25,7 +24,7 @@ def _hqq(target: torch.Tensor, encoding: Encoding) -> Grid:
     return half_quadratic(target, minmax_grid(target, encoding), encoding)
 
 
-GRIDS: dict[str, Callable[[torch.Tensor, Encoding], Grid]] = {"rtn": minmax_grid, "hqq": _hqq}
+GRIDS: dict[str, GridSearch] = {"rtn": minmax_grid, "hqq": _hqq}
 
 
 @dataclass
@@ -85,9 +84,7 @@ def solve_stack(
     return [results[m] for m in range(len(ranks))]
 
 
-def _solve_bucket(
-    weight: torch.Tensor, ranks: list[int], encoding: Encoding, grid: str, rounds: int
-) -> list[Solved]:
+def _solve_bucket(weight: torch.Tensor, ranks: list[int], encoding: Encoding, grid: str, rounds: int) -> list[Solved]:
     search = GRIDS[grid]
     ran = [1] * len(ranks)
     if max(ranks) == 0:

@@ -10,12 +10,13 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming
+from transformers.core_model_loading import WeightConverter, WeightRenaming, WeightTransform
 
 from milo.checkpoint.inventory import Kind, Placement
 from milo.errors import FormatError, UnsupportedModelError
@@ -25,7 +26,7 @@ from milo.modules.matrix import CompressedLinear, CompressedMatrix
 from milo.plan.plan import Plan, Row
 from milo.solve.stack import Solved
 
-Conversion = WeightRenaming | WeightConverter
+Conversion = WeightTransform  # WeightRenaming or WeightConverter
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ class Site:
     def source(self, model: nn.Module) -> torch.Tensor:
         """The weights to compress, `[E, N, K]`, from the model's parameters."""
         if self.placement.kind == "linear":
-            return torch.stack([model.get_submodule(path).weight.data for path in self.paths])  # type: ignore[union-attr]
+            return torch.stack([_linear(model, path).weight.data for path in self.paths])
         return self.cut(getattr(model.get_submodule(self.placement.module), self.placement.parameter).data, model)
 
     def cut(self, parameter: torch.Tensor, model: nn.Module) -> torch.Tensor:
@@ -61,9 +62,7 @@ class Site:
         matrices: list[CompressedMatrix] = []
         if self.placement.kind == "linear":
             for path, rank in zip(self.paths, row.ranks, strict=True):
-                linear = model.get_submodule(path)
-                assert isinstance(linear, nn.Linear)
-                matrices.append(CompressedLinear.like(linear, row.encoding, rank, device))
+                matrices.append(CompressedLinear.like(_linear(model, path), row.encoding, rank, device))
         elif stacked:
             matrices.append(CompressedMatrix(row.encoding, row.shape, row.ranks, True, device))
         else:
@@ -117,10 +116,23 @@ def finish(model: PreTrainedModel, all_sites: Sequence[Site]) -> None:
             if parameter in experts._parameters:
                 del experts._parameters[parameter]
         compress_experts(experts, projections)
+        mark_initialized(model, path)
     for path, module in model.named_modules():
         kept = [name for name, p in module.named_parameters(recurse=False) if p.ndim == 3]
         if is_experts(module) and kept and path in blocks:
             raise UnsupportedModelError(f"{path}.{kept[0]} ({type(module).__name__}) stays uncompressed")
+
+
+def mark_initialized(model: nn.Module, path: str) -> None:
+    """Keep the model's own `_init_weights` away from a module whose parameters are gone, and from its parent.
+
+    Some models initialise an experts block from the block around it. A parent with buffers is left to transformers,
+    which may have to fill them; none of those reach into their experts.
+    """
+    model.get_submodule(path)._is_hf_initialized = True  # type: ignore[assignment]
+    parent = model.get_submodule(path.rpartition(".")[0])
+    if next(parent.buffers(recurse=False), None) is None:
+        parent._is_hf_initialized = True  # type: ignore[assignment]
 
 
 def anchored(conversions: Sequence[Conversion], experts: set[str]) -> list[Conversion]:
@@ -173,11 +185,15 @@ def _site(
             f"the plan compresses {row.name}, but {type(model).__name__} has no such linear layer or experts block"
         )
     if placement.kind == "linear":
-        shape = tuple(model.get_submodule(placement.module).weight.shape)  # type: ignore[union-attr]
+        shape = tuple(_linear(model, placement.module).weight.shape)
         if shape != row.shape:
             raise FormatError(f"{row.name} is {row.shape} in the plan but {shape} in {type(model).__name__}")
     paths = tuple(_path(matrix, placement, model, renamings) for matrix in row.matrices())
     return Site(row, placement, paths)
+
+
+def _linear(model: nn.Module, path: str) -> nn.Linear:
+    return cast(nn.Linear, model.get_submodule(path))
 
 
 def _path(matrix: str, placement: Placement, model: PreTrainedModel, renamings: Sequence[WeightRenaming]) -> str:

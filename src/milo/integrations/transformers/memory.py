@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
 from milo.checkpoint.compressed import REPORT
-from milo.checkpoint.inventory import Group, take_inventory
+from milo.checkpoint.inventory import Group, Inventory, Placement, take_inventory
 from milo.checkpoint.writer import write_atomically
 from milo.errors import MiloError
 from milo.integrations.transformers.assembly import Site, finish, sites
@@ -26,7 +26,7 @@ from milo.integrations.transformers.quantizer import (
 from milo.integrations.transformers.structure import placements
 from milo.pipeline.card import model_card
 from milo.pipeline.compress import describe, summary
-from milo.plan.plan import Plan, Row, make_plan
+from milo.plan.plan import make_plan
 from milo.plan.ranks import Evidence
 from milo.plan.statistics import WeightStatistics
 
@@ -62,17 +62,14 @@ def compress_model(
         raise MiloError(f"{type(model).__name__} is already quantised")
     config = config or MiloConfig()
     settings = model.config.to_dict()
-    shapes = _checkpoint_shapes(model)
-    inventory = take_inventory(
-        [_Head(name, "F32", shape) for name, shape in shapes.items()], settings, placements(model, shapes)
-    )
+    inventory, _ = inventory_of(model)
     by_name: dict[str, Site] = {}
 
     def read(group: Group) -> list[torch.Tensor]:
         return list(by_name[group.name].source(model))
 
     recipe = config.for_model(settings)
-    blank = make_plan(inventory, _without_ranks(recipe), settings, Evidence(lambda group: []))
+    blank = make_plan(inventory, replace(recipe, ranks="none"), settings, Evidence(lambda group: []))
     by_name.update({site.row.name: site for site in sites(model, blank)})
     evidence = Evidence(WeightStatistics(read).kurtosis, config.counts)
     plan = make_plan(inventory, recipe, settings, evidence)
@@ -90,9 +87,14 @@ def compress_model(
 
     config.set_plan(plan, model.config.name_or_path or None)
     model.config.quantization_config = config
-    model.hf_quantizer = MiloQuantizer(config, pre_quantized=True)
-    model.is_quantized, model.quantization_method = True, config.quant_method
-    model.milo_report = {**_totals(plan), "matrices": matrices}
+    attributes = {
+        "hf_quantizer": MiloQuantizer(config, pre_quantized=True),
+        "is_quantized": True,
+        "quantization_method": config.quant_method,
+        "milo_report": {**summary(plan, []), "matrices": matrices},
+    }
+    for name, value in attributes.items():  # what from_pretrained sets, and the report for save_compressed
+        setattr(model, name, value)
     return model
 
 
@@ -120,21 +122,16 @@ def save_compressed(model: PreTrainedModel, folder: str | Path, **kwargs: Any) -
         write_atomically(Path(folder) / "README.md", card)
 
 
+def inventory_of(model: PreTrainedModel) -> tuple[Inventory, dict[str, Placement]]:
+    """The inventory of a model in memory, under the names `save_pretrained` would write, and its placements."""
+    shapes = _checkpoint_shapes(model)
+    placed = placements(model, shapes)
+    heads = [_Head(name, "F32", shape) for name, shape in shapes.items()]
+    return take_inventory(heads, model.config.to_dict(), placed), placed
+
+
 def _checkpoint_shapes(model: PreTrainedModel) -> Mapping[str, tuple[int, ...]]:
     """Names and shapes that `save_pretrained` would write, without copying a weight."""
     tied = set(getattr(model, "all_tied_weights_keys", None) or ())
     state = {name: t.to("meta") for name, t in model.state_dict().items() if name not in tied}
     return {name: tuple(t.shape) for name, t in revert_weight_conversion(model, state).items()}
-
-
-def _without_ranks(recipe: Any) -> Any:
-    from dataclasses import replace
-
-    return replace(recipe, ranks="none")
-
-
-def _totals(plan: Plan) -> dict[str, Any]:
-    return summary(plan, [])
-
-
-__all__ = ["Row", "compress_model", "save_compressed"]

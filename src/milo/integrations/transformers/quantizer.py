@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -29,6 +29,7 @@ from milo.integrations.transformers.assembly import (
     anchored,
     finish,
     fused_parameters,
+    mark_initialized,
     sites,
     touches,
 )
@@ -76,7 +77,7 @@ class MiloConfig(QuantizationConfigMixin):
         counts: dict[str, list[float]] | None = None,
         **kwargs: Any,
     ) -> None:
-        self.quant_method = QUANT_METHOD
+        self.quant_method = QUANT_METHOD  # type: ignore[assignment]
         self.recipe, self.ranks, self.grid, self.rounds, self.counts = recipe, ranks, grid, rounds, counts
         self.bits, self.group_size, self.factor = bits, group_size, factor
         self.scale_bits, self.zero_bits = scale_bits, zero_bits
@@ -141,7 +142,7 @@ class MiloQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> None:
-        config: MiloConfig = self.quantization_config
+        config = cast(MiloConfig, self.quantization_config)
         if self.pre_quantized:
             self._plan = config.plan(model.config.name_or_path or type(model).__name__)
             self._sites = sites(model, self._plan)
@@ -194,16 +195,10 @@ class _CompressOnLoad(ConversionOps):
 
     @torch.no_grad()
     def convert(
-        self,
-        input_dict: dict[str, Any],
-        source_patterns: list[str],
-        target_patterns: list[str],
-        full_layer_name: str = "",
-        model: nn.Module | None = None,
-        missing_keys: set[str] | None = None,
-        **kwargs: Any,
-    ) -> dict[str, torch.Tensor]:
-        assert model is not None
+        self, input_dict: dict[str, Any], source_patterns: list[str], target_patterns: list[str], **kwargs: Any
+    ) -> dict[str, list[torch.Tensor]]:
+        model: nn.Module = kwargs["model"]
+        missing_keys: set[str] | None = kwargs["missing_keys"]
         for name, value in input_dict.items():
             weight = value[0] if isinstance(value, list) else value
             for site in self._pending[name]:
@@ -237,7 +232,7 @@ def compress_site(site: Site, model: nn.Module, weight: torch.Tensor, rounds: in
     for matrix in site.matrices(model):
         for tensor in matrix.parameters():
             tensor._is_hf_initialized = True  # type: ignore[attr-defined]
-    model.get_submodule(site.placement.module)._is_hf_initialized = True  # type: ignore[assignment]
+    mark_initialized(model, site.placement.module)
     return solved
 
 
@@ -252,7 +247,7 @@ def keep_plain_conversions(model: PreTrainedModel, all_sites: list[Site]) -> Non
         conversions = get_model_conversion_mapping(model, add_legacy=False)
         conversions = [c for c in conversions if not isinstance(c, PrefixChange)]
     experts = fused_parameters(all_sites)
-    model._weight_conversions = [c for c in conversions if not touches(c, experts)]
+    setattr(model, "_weight_conversions", [c for c in conversions if not touches(c, experts)])  # noqa: B010
 
 
 def _cut(weight: torch.Tensor, members: range) -> torch.Tensor:

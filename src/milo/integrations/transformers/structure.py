@@ -51,9 +51,7 @@ def meta_model(folder: Path) -> PreTrainedModel | None:
     return model.eval()
 
 
-def placements(
-    model: PreTrainedModel, shapes: Mapping[str, tuple[int, ...] | None]
-) -> dict[str, Placement]:
+def placements(model: PreTrainedModel, shapes: Mapping[str, tuple[int, ...] | None]) -> dict[str, Placement]:
     """Where each checkpoint tensor goes in `model`; tensors the model does not use are absent.
 
     Args:
@@ -63,7 +61,7 @@ def placements(
     conversions = get_model_conversion_mapping(model)
     renamings = [c for c in conversions if isinstance(c, WeightRenaming)]
     converters = [c for c in conversions if isinstance(c, WeightConverter)]
-    by_pattern = {pattern: c for c in converters for pattern in c.source_patterns}
+    by_pattern = {pattern: (c, i) for c in converters for i, pattern in enumerate(c.source_patterns)}
     state: dict[str, Any] = dict(model.state_dict())
     pairs = getattr(model, "all_tied_weights_keys", None) or {}
     tied = frozenset(pairs) | frozenset(pairs.values())
@@ -73,7 +71,8 @@ def placements(
         if target not in state and name in state:
             target, pattern = name, None
         if target in state:
-            found[name] = _place(model, target, state[target], shape, by_pattern.get(pattern), pattern, tied)
+            converter, part = by_pattern.get(pattern or "", (None, 0))
+            found[name] = _place(model, target, state[target], shape, converter, part, tied)
     return found
 
 
@@ -83,7 +82,7 @@ def _place(
     value: torch.Tensor,
     shape: tuple[int, ...] | None,
     converter: WeightConverter | None,
-    pattern: str | None,
+    part: int,
     tied: frozenset[str],
 ) -> Placement:
     path, _, parameter = target.rpartition(".")
@@ -101,15 +100,19 @@ def _place(
         reason = "the class does not follow transformers' experts contract (use_experts_implementation)"
         return Placement(path, parameter, owner, "refused", reason=reason)
     swapped = bool(module.is_transposed)
-    part, parts = 0, 1
+    parts = 1
     if converter is not None:
         operations = [_describe(op) for op in converter.operations]
-        part, parts = converter.source_patterns.index(pattern), len(converter.source_patterns)
+        parts = len(converter.source_patterns)
         if operations == ["Transpose(1, 2)"] and parts == 1:
             # Some conversions look first whether the checkpoint is already in the model's layout.
             same = getattr(converter.operations[0], "check_dims", False) and shape == tuple(value.shape)
             swapped = swapped if same else not swapped
-        elif operations not in (["MergeModulelist(0)"], ["MergeModulelist(0)", "Concatenate(1)"], ["Concatenate(1)"]):
+        elif operations not in (
+            ["MergeModulelist(0)"],
+            ["MergeModulelist(0)", "Concatenate(1)"],
+            ["Concatenate(1)"],
+        ):
             reason = f"weight conversion {' + '.join(operations)}"
             return Placement(path, parameter, owner, "refused", reason=reason)
         elif swapped:

@@ -1,0 +1,55 @@
+"""The `milo` command."""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+
+import typer
+from transformers.utils import logging as transformers_logging
+
+from milo.cli.compress import plan, profile, quantize
+from milo.cli.console import err
+from milo.cli.demo import demo
+from milo.cli.doctor import doctor
+from milo.cli.measure import evaluate, generate, inspect
+from milo.errors import MiloError
+
+app = typer.Typer(
+    name="milo",
+    help="INT3 weights plus low-rank compensators for Mixture-of-Experts models, without calibration data.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+app.command()(demo)
+app.command()(plan)
+app.command()(profile)
+app.command()(quantize)
+app.command("eval")(evaluate)
+app.command()(inspect)
+app.command()(generate)
+app.command()(doctor)
+
+
+def main() -> None:
+    """Entry point: MiLo's own errors without a traceback (exit 1), Ctrl-C cleanly (exit 130)."""
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()  # ours are shown instead
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    try:
+        app()
+    except MiloError as error:
+        err.print(f"error: {error}", style="red", markup=False, highlight=False)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        err.print("interrupted; nothing half-written looks finished, run the same command again")
+        sys.exit(130)
+    except BrokenPipeError:  # `milo plan ... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

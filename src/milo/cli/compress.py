@@ -1,0 +1,229 @@
+"""`milo plan`, `milo profile` and `milo quantize`."""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.table import Table
+
+from milo.checkpoint.hub import find_model
+from milo.checkpoint.writer import write_atomically
+from milo.cli.console import bar, err, out, peak_memory, print_json, size
+from milo.cli.options import (
+    BEST_DEVICE,
+    BitsOption,
+    CountsOption,
+    DeviceOption,
+    FactorOption,
+    GridOption,
+    GroupOption,
+    JsonOption,
+    Knobs,
+    ModelArgument,
+    RanksOption,
+    RecipeOption,
+    RoundsOption,
+    ScaleOption,
+    ZeroOption,
+    read_counts,
+)
+from milo.errors import MiloError
+from milo.evaluate.folder import load_model, load_tokenizer
+from milo.evaluate.text import load_text, tokenize
+from milo.integrations.transformers.routing import routing_counts
+from milo.integrations.transformers.source import open_source
+from milo.pipeline.compress import MAX_SHARD_SIZE, compress_checkpoint, lay_out_checkpoint
+from milo.pipeline.planning import Source, peak_bytes, plan_source
+from milo.plan.plan import Plan, Row
+from milo.plan.recipe import DEFAULT, Recipe
+
+
+def plan(
+    model: ModelArgument,
+    recipe: RecipeOption = DEFAULT,
+    ranks: RanksOption = None,
+    bits: BitsOption = None,
+    group_size: GroupOption = None,
+    grid: GridOption = None,
+    rounds: RoundsOption = None,
+    factor: FactorOption = None,
+    scale_bits: ScaleOption = None,
+    zero_bits: ZeroOption = None,
+    counts: CountsOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Show what a recipe would do: every group of matrices with exact bytes, without compressing anything."""
+    knobs = Knobs(recipe, ranks, bits, group_size, grid, rounds, factor, scale_bits, zero_bits)
+    source = open_source(model)
+    made = _make_plan(source, knobs.for_model(source.checkpoint.config), counts)
+    files = sum(shard.nbytes for shard in lay_out_checkpoint(source.checkpoint, source.inventory, made))
+    if as_json:
+        print_json(
+            {
+                **made.to_json(),
+                "compressed_weights": made.parameters,
+                "compressed_bytes": made.nbytes,
+                "bits_per_weight": made.bits_per_weight,
+                "sixteen_bit_bytes": source.sixteen_bit_bytes,
+                "files_bytes": files,
+                "peak_bytes": peak_bytes(made),
+            }
+        )
+        return
+    _print_plan(made, source, files)
+
+
+def quantize(
+    model: ModelArgument,
+    output: Annotated[Path, typer.Option("-o", "--output", help="Output folder.")],
+    recipe: RecipeOption = DEFAULT,
+    ranks: RanksOption = None,
+    bits: BitsOption = None,
+    group_size: GroupOption = None,
+    grid: GridOption = None,
+    rounds: RoundsOption = None,
+    factor: FactorOption = None,
+    scale_bits: ScaleOption = None,
+    zero_bits: ZeroOption = None,
+    counts: CountsOption = None,
+    device: DeviceOption = BEST_DEVICE,
+    max_shard_size: Annotated[str, typer.Option(help="Bytes a shard, e.g. 5GB or 500MB.")] = "5GB",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing output.")] = False,
+) -> None:
+    """Compress MODEL into a folder that transformers loads; no calibration data, shard by shard."""
+    knobs = Knobs(recipe, ranks, bits, group_size, grid, rounds, factor, scale_bits, zero_bits)
+    source = open_source(model)
+    made = _make_plan(source, knobs.for_model(source.checkpoint.config), counts)
+    err.print(
+        f"{made.parameters:,} weights in {len(made.rows):,} groups, {size(made.nbytes)} "
+        f"({made.bits_per_weight:.3f} bits a weight), about {size(peak_bytes(made))} of memory on {device}"
+    )
+    base_model = str(Path(model).resolve()) if Path(model).is_dir() else model
+    with bar(made.parameters) as update:
+        result = compress_checkpoint(
+            source.checkpoint,
+            source.inventory,
+            made,
+            output,
+            base_model=base_model,
+            device=device,
+            max_shard_size=_bytes(max_shard_size),
+            overwrite=overwrite,
+            progress=lambda done, total, name: update(done, name),
+        )
+    errors = [matrix["error"] for matrix in result.report["matrices"]]
+    out.print(
+        f"{output}: {size(result.report['files_bytes'])} in {result.seconds:.1f} s, "
+        f"{made.bits_per_weight:.3f} bits a weight, mean relative error {sum(errors) / len(errors):.4f}, "
+        f"peak memory {size(peak_memory())}"
+    )
+
+
+def profile(
+    model: ModelArgument,
+    text: Annotated[Path | None, typer.Option("--text", help="UTF-8 text; WikiText-2 by default.")] = None,
+    output: Annotated[Path, typer.Option("-o", "--output", help="Where to write the counts.")] = Path("counts.json"),
+    max_tokens: Annotated[int, typer.Option(help="Tokens to route.")] = 100_000,
+    window: Annotated[int, typer.Option(help="Tokens a forward pass.")] = 512,
+    device: DeviceOption = "cpu",
+) -> None:
+    """Count how often each expert is chosen on a text, for the frequency policy."""
+    content, name = load_text(text)
+    folder = find_model(model)
+    ids = tokenize(load_tokenizer(folder), content, max_tokens)
+    loaded = load_model(folder, device=device)
+    with bar() as update:
+        counts = routing_counts(loaded, ids, window, update)
+    data = {"model": model, "text": name, "tokens": len(ids), "counts": counts}
+    try:
+        write_atomically(output, json.dumps(data))
+    except OSError as error:
+        raise MiloError(f"cannot write {output}: {error}") from error
+    spread = max(max(c) / max(1, min(c)) for c in counts.values())
+    out.print(f"{output}: {len(counts)} layers, {len(ids):,} tokens; most to least chosen expert up to {spread:.1f}×")
+
+
+def _make_plan(source: Source, recipe: Recipe, counts: Path | None) -> Plan:
+    groups = len(source.inventory.groups)
+    with bar(groups) as update:
+        seen = iter(range(groups))
+        return plan_source(
+            source,
+            recipe,
+            counts=read_counts(counts),
+            on_group=lambda name: update(next(seen), f"kurtosis of {name}"),
+        )
+
+
+def _print_plan(made: Plan, source: Source, files: int) -> None:
+    table = Table(title=f"{source.checkpoint.folder} · {made.recipe} · ranks {made.policy}", title_justify="left")
+    for column in (
+        "matrices",
+        "role",
+        "shape",
+        "count",
+        "bits",
+        "group",
+        "rank (mean)",
+        "bytes",
+        "bits/weight",
+    ):
+        table.add_column(column, justify="left" if column in ("matrices", "role") else "right", no_wrap=True)
+    for template, rows in _by_template(made).items():
+        first = rows[0]
+        ranks = [rank for row in rows for rank in row.ranks]
+        parameters, nbytes = sum(row.parameters for row in rows), sum(row.nbytes for row in rows)
+        low, high = min(ranks), max(ranks)
+        spread = f"{low}" if low == high else f"{low}-{high} ({sum(ranks) / len(ranks):.1f})"
+        table.add_row(
+            template,
+            str(first.role),
+            "×".join(map(str, first.shape)),
+            f"{len(ranks):,}",
+            str(first.encoding.bits),
+            str(first.encoding.group_size),
+            spread,
+            f"{nbytes:,}",
+            f"{8 * nbytes / parameters:.3f}",
+        )
+    out.print(table)
+    sixteen = source.sixteen_bit_bytes
+    out.print(
+        f"compressed: {made.parameters:,} weights in {made.nbytes:,} bytes = {made.bits_per_weight:.4f} bits a weight "
+        f"({made.nbytes / sixteen:.1%} of 16 bits)"
+    )
+    kept = files - made.nbytes
+    out.print(f"files: {files:,} bytes, of which {kept:,} are kept as they are (embeddings, norms, routers, headers)")
+    out.print(f"peak memory while compressing: about {size(peak_bytes(made))} beside Python and PyTorch")
+    if made.clipped:
+        out.print(f"{made.clipped} matrices asked for more rank than min(N, K) and were clipped to it")
+
+
+def _by_template(made: Plan) -> dict[str, list[Row]]:
+    from milo.checkpoint.roles import LAYER_INDEX
+
+    grouped: dict[str, list[Row]] = defaultdict(list)
+    for row in made.rows:
+        grouped[LAYER_INDEX.sub("#", row.name, count=1)].append(row)
+    return grouped
+
+
+def _bytes(text: str) -> int:
+    units: dict[str, Any] = {"GB": 10**9, "MB": 10**6, "KB": 10**3, "GIB": 2**30, "MIB": 2**20, "KIB": 2**10}
+    for unit, factor in units.items():
+        if text.upper().endswith(unit):
+            text, scale = text[: -len(unit)], factor
+            break
+    else:
+        scale = 1
+    try:
+        value = int(float(text) * scale)
+    except ValueError:
+        value = 0
+    if value <= 0:
+        raise typer.BadParameter(f"{text!r} is no size; write 5GB, 500MB or a number of bytes")
+    return min(value, MAX_SHARD_SIZE * 100)

@@ -1,0 +1,78 @@
+"""What the commands share: the console, progress bars with peak memory, units, JSON output."""
+
+from __future__ import annotations
+
+import json
+import resource
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    SpinnerColumn,
+    Task,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.text import Text
+
+# Tables and results go to stdout, progress and errors to stderr, so that --json can be piped.
+out = Console()
+err = Console(stderr=True)
+
+
+def peak_memory() -> int:
+    """Peak resident bytes of this process."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+class _MemoryColumn(ProgressColumn):
+    def render(self, task: Task) -> Text:
+        return Text(f"peak {size(peak_memory())}", style="dim")
+
+
+@contextmanager
+def bar(total: float = 1.0, counted: bool = False) -> Iterator[Any]:
+    """A progress bar on stderr; yields `update(done, message)`.
+
+    Args:
+        total: what `done` runs up to.
+        counted: show `done/total` as numbers.
+    """
+    columns: list[ProgressColumn] = [
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=30),
+    ]
+    if counted:
+        columns.append(MofNCompleteColumn())
+    columns += [TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), _MemoryColumn()]
+    with Progress(*columns, console=err, transient=True) as progress:
+        task = progress.add_task("", total=total)
+
+        def update(done: float, message: str) -> None:
+            progress.update(task, completed=done, description=message)
+
+        yield update
+
+
+def size(nbytes: float) -> str:
+    """Bytes for people: `1.25 GiB`."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if abs(nbytes) < 1024 or unit == "GiB":
+            return f"{nbytes:.0f} B" if unit == "B" else f"{nbytes:.2f} {unit}"
+        nbytes /= 1024
+    raise AssertionError
+
+
+def print_json(data: Any) -> None:
+    """Machine-readable output: plain JSON on stdout, no colour and no wrapping."""
+    sys.stdout.write(json.dumps(data, indent=2) + "\n")
