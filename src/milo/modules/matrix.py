@@ -98,6 +98,8 @@ class CompressedLinear(CompressedMatrix):
         device: where parameters are made.
     """
 
+    bias: nn.Parameter | None
+
     def __init__(
         self,
         encoding: Encoding,
@@ -111,7 +113,6 @@ class CompressedLinear(CompressedMatrix):
         self.out_features, self.in_features = shape
         self.dtype = dtype
         empty = torch.empty(shape[0], dtype=dtype, device=device) if bias else None
-        self.bias: nn.Parameter | None = None
         self.register_parameter("bias", nn.Parameter(empty, requires_grad=False) if empty is not None else None)
 
     @classmethod

@@ -141,7 +141,7 @@ class Plan:
         try:
             rows = tuple(row for entry in data["matrices"] for row in _expand(entry))
             plan = cls(rows, str(data["recipe"]), str(data["policy"]), int(data["rounds"]), int(data["clipped"]))
-        except (KeyError, TypeError, ValueError) as error:
+        except (LookupError, TypeError, ValueError, AttributeError) as error:
             raise FormatError(f"the plan in config.json is damaged: {error!r}") from error
         if len({row.name for row in rows}) != len(rows):
             raise FormatError("the plan in config.json names a matrix twice")

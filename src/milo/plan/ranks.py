@@ -150,7 +150,7 @@ def _kurtosis(groups: Sequence[Group], rank: int, evidence: Evidence) -> dict[st
 
 def _kurtosis2(groups: Sequence[Group], rank: int, evidence: Evidence) -> dict[str, list[int]]:
     shift = rank.bit_length() - 3  # 16 → 2 and 32 → 3, the only two the official code knows
-    if rank != 1 << (shift + 2) or shift < 0:
+    if shift < 0 or rank != 1 << (shift + 2):
         raise PlanError(f"kurtosis2:{rank} is not defined; its r is a power of two from 4 on (the paper's are 16, 32)")
 
     def rule(kappa: float) -> int:
@@ -177,9 +177,11 @@ def proportional(weights: np.ndarray, total: int, limits: np.ndarray) -> np.ndar
     while True:
         left = total - share[~open_].sum()
         mass = weights[open_].sum()
-        if mass == 0:  # only zero-weight members are left for what the limits cut off
-            share[open_] = np.minimum(limits[open_], left / max(1, open_.sum()))
-            break
+        if mass == 0:  # only zero-weight members are left for what the limits cut off: they share evenly
+            if not open_.any():
+                break
+            weights = np.ones_like(weights)
+            continue
         share[open_] = left * weights[open_] / mass
         full = open_ & (share > limits)
         if not full.any():

@@ -19,7 +19,7 @@ Reader = Callable[[Group], Iterable[torch.Tensor]]
 def excess_kurtosis(weight: torch.Tensor) -> float:
     """Excess kurtosis of all elements of `weight`; 0 for a constant matrix."""
     flat = weight.float().flatten()
-    centred = flat - flat.mean()
+    centred = flat - flat.mean(dtype=torch.float64).float()  # so that a constant matrix has no variance
     variance = centred.square().sum(dtype=torch.float64) / (flat.numel() - 1)
     if variance == 0:
         return 0.0
