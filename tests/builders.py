@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -209,6 +211,11 @@ def file_hashes(folder: Path) -> dict[str, str]:
             data = json.dumps(report).encode()
         hashes[path.name] = hashlib.sha256(data).hexdigest()
     return hashes
+
+
+def child_environment() -> dict[str, str]:
+    """For a Python subprocess that sees what this one sees."""
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
 
 
 def copied(source: Path, target: Path) -> Path:

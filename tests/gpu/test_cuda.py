@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
-import zoo
 from transformers import AutoModelForCausalLM
 
 import milo
+import zoo
 from milo.checkpoint.source import Checkpoint
 from milo.format.matrix import Encoding
 from milo.integrations.transformers.source import open_source

@@ -156,6 +156,8 @@ def take_inventory(
     for head in heads:
         placement = placements.get(head.name) if placements else None
         role = _role(head, placement, model)
+        if placements is not None and placement is None and role.compressed:
+            role = Role.OTHER  # the class does not load it (multi-token prediction layers): nobody could run it
         if role is Role.EXPERT or (EXPERT_INDEX.search(head.name) and _is_matrix(head)):
             experts += prod(head.shape)
         if not role.compressed:

@@ -205,4 +205,6 @@ def _parse_header(stream: BinaryIO, file: Path, size: int) -> tuple[dict[str, An
         header = json.loads(stream.read(length))
     except ValueError as error:
         raise CheckpointError(f"{file} has an unreadable header: {error}") from error
+    if not isinstance(header, dict):
+        raise CheckpointError(f"{file} has an unreadable header: no JSON object")
     return header, 8 + length

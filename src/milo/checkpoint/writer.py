@@ -151,8 +151,8 @@ class FolderWriter:
                 write_atomically(self.folder / INDEX, json.dumps(index, indent=1))
             for file, text in extra.items():
                 write_atomically(self.folder / file, text)
-            (self.folder / UNFINISHED).unlink()
             write_atomically(self.folder / "config.json", json.dumps(config, indent=2))
+            (self.folder / UNFINISHED).unlink()  # not before: without it a second run would refuse the folder
 
     def close(self) -> None:
         """Close open files; safe to call twice."""

@@ -9,6 +9,7 @@ exists as a whole; the result is that of `milo quantize`, bit for bit when loade
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -131,6 +132,7 @@ class MiloQuantizer(HfQuantizer):
         self._plan: Plan | None = None
         self._pending: dict[str, list[Site]] = defaultdict(list)
         self._held: dict[str, torch.Tensor] = {}
+        self._dtypes: dict[str, torch.dtype] = {}
 
     @property
     def is_trainable(self) -> bool:
@@ -149,6 +151,7 @@ class MiloQuantizer(HfQuantizer):
             for site in self._sites:
                 site.attach(model)
             finish(model, self._sites)
+            self._dtypes = {name: p.dtype for name, p in model.named_parameters() if p.is_floating_point()}
             return
         if not checkpoint_files:
             raise CheckpointError("compressing on load needs a checkpoint on disk; use milo.compress_model instead")
@@ -177,7 +180,9 @@ class MiloQuantizer(HfQuantizer):
         return _CompressOnLoad(self._pending, self._plan.rounds, self._held)
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
-        if not self.pre_quantized:
+        if self.pre_quantized:
+            _settle_dtypes(model, self._dtypes)
+        else:
             finish(model, self._sites)
             keep_plain_conversions(model, self._sites)
         return model
@@ -248,6 +253,20 @@ def keep_plain_conversions(model: PreTrainedModel, all_sites: list[Site]) -> Non
         conversions = [c for c in conversions if not isinstance(c, PrefixChange)]
     experts = fused_parameters(all_sites)
     setattr(model, "_weight_conversions", [c for c in conversions if not touches(c, experts)])  # noqa: B010
+
+
+def _settle_dtypes(model: PreTrainedModel, dtypes: Mapping[str, torch.dtype]) -> None:
+    """Cast uncompressed parameters to the dtype that was asked for.
+
+    Before 5.22 transformers loads every renamed tensor of a pre-quantised checkpoint in the file's dtype, which is
+    right for packed tensors and wrong for a router beside them. Parameters a model keeps in float32 stay.
+    """
+    keep = set(getattr(model, "_keep_in_fp32_modules", None) or ())
+    keep |= set(getattr(model, "_keep_in_fp32_modules_strict", None) or ())
+    for name, parameter in model.named_parameters():
+        wanted = dtypes.get(name, parameter.dtype)
+        if parameter.dtype != wanted and not any(word in name for word in keep):
+            parameter.data = parameter.data.to(wanted)
 
 
 def _cut(weight: torch.Tensor, members: range) -> torch.Tensor:
