@@ -21,10 +21,9 @@ import torch
 from safetensors.torch import save_file
 
 from milo.checkpoint.compressed import CompressedCheckpoint
-from milo.checkpoint.source import Checkpoint
-from milo.integrations.transformers.structure import meta_model, placements
+from milo.integrations.transformers.source import open_source
 from milo.pipeline.compress import compress_checkpoint
-from milo.pipeline.planning import Source, plan_source
+from milo.pipeline.planning import plan_source
 from milo.plan.plan import Plan
 from milo.plan.recipe import custom_recipe
 
@@ -165,14 +164,6 @@ def tiny_mixtral(folder: Path, shards: int = 1, seed: int = 0, **sizes: int) -> 
     return write_checkpoint(folder, random_tensors(shapes, seed=seed), config, shards)
 
 
-def open_source(folder: Path) -> Source:
-    """What `milo` does when it opens a folder: headers, the model's class if there is one, the inventory."""
-    checkpoint = Checkpoint(folder)
-    model = meta_model(folder)
-    shapes = {name: info.shape for name, info in checkpoint.tensors.items()}
-    return Source.of(checkpoint, placements(model, shapes) if model is not None else None)
-
-
 def compress(
     folder: Path,
     out: Path,
@@ -182,7 +173,7 @@ def compress(
     **knobs: Any,
 ) -> Plan:
     """The whole pipeline on a folder; returns the plan it carried out."""
-    source = open_source(folder)
+    source = open_source(str(folder))
     plan = plan_source(source, custom_recipe(recipe, source.checkpoint.config, **knobs))
     compress_checkpoint(
         source.checkpoint, source.inventory, plan, out, max_shard_size=max_shard_size, overwrite=overwrite

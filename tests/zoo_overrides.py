@@ -91,14 +91,23 @@ TOWER: dict[str, Any] = {
 
 _MROPE = {"rope_type": "default", "rope_theta": 10000.0}
 _SAM = {
-    **{"image_size": 64, "patch_size": 16, "window_size": 2, "global_attn_indexes": [0]},
-    **{"output_channels": 32, "downsample_channels": [32, 32]},
+    "image_size": 64,
+    "patch_size": 16,
+    "window_size": 2,
+    "global_attn_indexes": [0],
+    "output_channels": 32,
+    "downsample_channels": [32, 32],
 }
 
 _GEMMA_VISION = {  # some versions have no default tower, but cannot build the model without one
     "model_type": "gemma4_vision",
-    **{"hidden_size": 32, "intermediate_size": 64, "head_dim": 16, "position_embedding_size": 64},
-    **{"num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2},
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "head_dim": 16,
+    "position_embedding_size": 64,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
 }
 
 OVERRIDES: dict[str, dict[str, Any]] = {
@@ -164,7 +173,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "dots3_note_vision_encoder": {"num_hidden_layers": 2, "pyramid_num_routed": [-1, EXPERTS]},
     "inkling_audio": {"n_mel_bins": 2},
     "radio": {"image_size": 32, "patch_size": 16, "max_img_size": 64},
-    "muse_spark_audio": {**{"num_hidden_layers": 2, "patch_sizes": [4, 2], "hidden_sizes": [16, 16], "depths": [1, 1]}},
+    "muse_spark_audio": {"num_hidden_layers": 2, "patch_sizes": [4, 2], "hidden_sizes": [16, 16], "depths": [1, 1]},
 }
 
 # Types that are found but cannot be built as a tiny text MoE, with the reason.

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 __version__ = "0.1.0"
 
+from milo.errors import MiloError
+from milo.integrations.plain import load_compressed
 from milo.integrations.transformers.memory import compress_model, save_compressed
 from milo.integrations.transformers.quantizer import MiloConfig
 
-__all__ = ["MiloConfig", "__version__", "compress_model", "save_compressed"]
+__all__ = ["MiloConfig", "MiloError", "__version__", "compress_model", "load_compressed", "save_compressed"]

@@ -16,6 +16,7 @@ from milo.checkpoint.inventory import Group, Inventory, Kind, Placement, take_in
 from milo.checkpoint.roles import Role
 from milo.checkpoint.source import Checkpoint
 from milo.errors import CheckpointError, UnsupportedModelError
+from milo.integrations.transformers.source import open_source
 
 
 def roles(inventory: Inventory) -> Counter[Role]:
@@ -33,7 +34,7 @@ def check_whole(inventory: Inventory, shapes: builders.Shapes) -> None:
 
 
 def test_mixtral(mixtral_folder: Path) -> None:
-    inventory = builders.open_source(mixtral_folder).inventory
+    inventory = open_source(str(mixtral_folder)).inventory
     shapes, config = builders.mixtral()
     check_whole(inventory, shapes)
     assert roles(inventory) == {Role.ATTENTION: 8, Role.EXPERT: 24}
@@ -63,7 +64,7 @@ def test_groups_stand_in_checkpoint_order_and_experts_in_order_of_their_numbers(
 def test_deepseek_moes_first_layout_needs_no_class(tmp_path: Path) -> None:
     shapes, config = builders.deepseek_v1()
     folder = builders.write_checkpoint(tmp_path / "v1", builders.random_tensors(shapes), config)
-    inventory = builders.open_source(folder).inventory
+    inventory = open_source(str(folder)).inventory
     check_whole(inventory, shapes)
     assert roles(inventory) == {
         Role.ATTENTION: 12,
@@ -78,7 +79,7 @@ def test_deepseek_moes_first_layout_needs_no_class(tmp_path: Path) -> None:
 @pytest.mark.parametrize("model_type", ["deepseek_v2", "deepseek_v3", "qwen2_moe", "qwen3_moe", "olmoe"])
 def test_layouts_with_a_class_are_the_same_with_and_without_it(model_type: str, tmp_path: Path) -> None:
     zoo.tiny_model(model_type).save_pretrained(tmp_path / "m")
-    source = builders.open_source(tmp_path / "m")
+    source = open_source(str(tmp_path / "m"))
     check_whole(source.inventory, {name: i.shape for name, i in source.checkpoint.tensors.items()})
     by_names = take_inventory(source.checkpoint.tensors.values(), source.checkpoint.config)
     assert by_names.groups == source.inventory.groups
@@ -105,8 +106,8 @@ def test_deepseek_v3_in_fp8_is_read_through_its_block_scales(tmp_path: Path) -> 
     fp8 = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [128, 128], "activation_scheme": "dynamic"}
     config = Checkpoint(tmp_path / "bf16").config | {"quantization_config": fp8}
     folder = builders.write_checkpoint(tmp_path / "fp8", tensors, config)
-    inventory = builders.open_source(folder).inventory
-    plain = builders.open_source(tmp_path / "bf16").inventory
+    inventory = open_source(str(folder)).inventory
+    plain = open_source(str(tmp_path / "bf16")).inventory
     assert [(g.name, g.role, g.shape) for g in inventory.groups] == [(g.name, g.role, g.shape) for g in plain.groups]
     assert {g.dtype for g in inventory.groups} == {"F8_E4M3"}
     assert inventory.left == plain.left  # the scales are no tensors of their own
@@ -129,14 +130,14 @@ def test_tensors_that_the_class_does_not_use_are_left_alone(tmp_path: Path) -> N
         "model.layers.2.eh_proj.weight": torch.zeros(64, 128),
     }
     folder = builders.write_checkpoint(tmp_path / "mtp", tensors | extra, Checkpoint(tmp_path / "m").config)
-    inventory = builders.open_source(folder).inventory
+    inventory = open_source(str(folder)).inventory
     assert extra.keys() <= inventory.left.keys()
-    assert [g.name for g in inventory.groups] == [g.name for g in builders.open_source(tmp_path / "m").inventory.groups]
+    assert [g.name for g in inventory.groups] == [g.name for g in open_source(str(tmp_path / "m")).inventory.groups]
 
 
 def test_stacks_need_a_class_that_says_how_they_are_laid_out(tmp_path: Path) -> None:
     zoo.tiny_model("gpt_oss").save_pretrained(tmp_path / "m")
-    source = builders.open_source(tmp_path / "m")
+    source = open_source(str(tmp_path / "m"))
     group = source.inventory.group("model.layers.0.mlp.experts.gate_up_proj")
     assert (group.kind, group.count, group.shape, group.transposed) == (Kind.STACK, 4, (192, 64), True)
     assert group.experts_path == "model.layers.0.mlp.experts"

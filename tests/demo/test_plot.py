@@ -29,7 +29,14 @@ def test_every_row_the_axes_and_the_title_are_named(tmp_path):
     with matplotlib.rc_context({"svg.fonttype": "none"}):  # text stays text
         plot_results(ROWS, path, title="Title of the plot")
     text = path.read_text(encoding="utf-8")
-    for named in ("Title of the plot", "original (16.3 MB)", "rtn (3.50 bits", "milo-s2 (3.90 bits", "log scale", "MB<"):
+    for named in (
+        "Title of the plot",
+        "original (16.3 MB)",
+        "rtn (3.50 bits",
+        "milo-s2 (3.90 bits",
+        "log scale",
+        "MB<",
+    ):
         assert named in text
 
 

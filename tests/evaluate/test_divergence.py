@@ -6,8 +6,8 @@ import math
 
 import pytest
 import torch
-from evaluate.conftest import tiny_mixtral
 
+from evaluate.conftest import tiny_mixtral
 from milo.errors import MiloError
 from milo.evaluate import divergence
 

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from evaluate.conftest import tiny_mixtral
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from evaluate.conftest import tiny_mixtral
 from milo.errors import MiloError
 from milo.evaluate import load_text, perplexity, tokenize
 

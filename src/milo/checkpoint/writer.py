@@ -15,7 +15,7 @@ import json
 import os
 import shutil
 import struct
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -100,7 +100,7 @@ class FolderWriter:
         self._left = {shard.file: set(shard.specs) for shard in shards}
         self._written: dict[str, int] = {}
         self._open: dict[str, BinaryIO] = {}
-        with _explained(folder):
+        with explained(folder):
             folder.mkdir(parents=True, exist_ok=True)
             _make_room(folder, overwrite)
             needed, free = sum(shard.nbytes for shard in shards), shutil.disk_usage(folder).free
@@ -143,7 +143,7 @@ class FolderWriter:
         missing = [name for names in self._left.values() for name in names]
         if missing:
             raise ValueError(f"{len(missing)} tensors were never written, e.g. {missing[0]}")
-        with _explained(self.folder):
+        with explained(self.folder):
             if len(self.shards) > 1:
                 weight_map = {name: shard.file for name, shard in sorted(self._shard_of.items())}
                 total = sum(spec.nbytes for shard in self.shards for spec in shard.specs.values())
@@ -162,7 +162,7 @@ class FolderWriter:
 
     def _put(self, name: str, offset: int, data: bytes | memoryview) -> None:
         shard = self._shard_of[name]
-        with _explained(self.folder):
+        with explained(self.folder):
             stream = self._stream(shard)
             stream.seek(shard.offsets[name] + offset)
             stream.write(data)
@@ -212,7 +212,8 @@ def _make_room(folder: Path, overwrite: bool) -> None:
 
 
 @contextmanager
-def _explained(folder: Path) -> Any:
+def explained(folder: Path) -> Iterator[None]:
+    """Turn what the operating system says while `folder` is written into a `CheckpointError` with the remedy."""
     try:
         yield
     except OSError as error:

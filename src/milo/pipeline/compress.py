@@ -19,7 +19,8 @@ import milo
 from milo.checkpoint.compressed import DIGEST_KEY, FORMAT_VERSION, QUANT_METHOD, REPORT
 from milo.checkpoint.inventory import Inventory, Kind
 from milo.checkpoint.source import INDEX, Checkpoint
-from milo.checkpoint.writer import FolderWriter, Shard, Unit, lay_out
+from milo.checkpoint.writer import FolderWriter, Shard, Unit, explained, lay_out
+from milo.errors import CheckpointError
 from milo.format.matrix import TensorSpec
 from milo.pipeline.card import model_card
 from milo.pipeline.work import pieces, read_members, solve_piece
@@ -116,6 +117,8 @@ def compress_checkpoint(
         CheckpointError: unreadable source, output not empty, disk full.
         WeightError: NaN or Inf in a matrix.
     """
+    if Path(out).resolve() == source.folder.resolve():  # `overwrite` would delete what is about to be read
+        raise CheckpointError(f"{out} is the source itself; choose another output folder")
     begin = time.perf_counter()
     shards = lay_out_checkpoint(source, inventory, plan, max_shard_size)
     writer = FolderWriter(Path(out), shards, overwrite)
@@ -139,7 +142,8 @@ def compress_checkpoint(
         seconds = time.perf_counter() - begin
         report = {**summary(plan, shards), "seconds": round(seconds, 2), "matrices": matrices}
         config = {**source.config, "quantization_config": quantization_config(plan, base_model)}
-        _copy_side_files(source.folder, Path(out))
+        with explained(Path(out)):
+            _copy_side_files(source.folder, Path(out))
         card = model_card(config, report, base_model)
         writer.finish({REPORT: json.dumps(report, indent=1), "README.md": card}, config)
     finally:
