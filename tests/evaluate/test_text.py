@@ -70,7 +70,7 @@ def test_a_file_is_read_as_utf8(tmp_path):
 
 
 def test_unreadable_files_are_named(tmp_path):
-    with pytest.raises(MiloError, match="missing.txt"):
+    with pytest.raises(MiloError, match=r"missing\.txt"):
         load_text(tmp_path / "missing.txt")
     latin = tmp_path / "latin.txt"
     latin.write_bytes("größer".encode("latin-1"))

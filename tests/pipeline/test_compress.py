@@ -186,10 +186,10 @@ def test_progress_counts_weights_up_to_all_of_them(mixtral_folder: Path, tmp_pat
     assert {step[2] for step in seen} == set(plan.by_name)
 
 
-@pytest.mark.parametrize("recipe", ["hqq", "milo-s1"])
+@pytest.mark.parametrize("ranks", ["dense:2", "kurtosis:2"])
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_damaged_weights_name_the_tensor_and_leave_no_config(
-    recipe: str, value: float, mixtral_folder: Path, tmp_path: Path
+    ranks: str, value: float, mixtral_folder: Path, tmp_path: Path
 ) -> None:
     source = builders.copied(mixtral_folder, tmp_path / "source")
     name = "model.layers.1.block_sparse_moe.experts.3.w1.weight"
@@ -200,9 +200,9 @@ def test_damaged_weights_name_the_tensor_and_leave_no_config(
     with pytest.raises(
         WeightError, match=r"layers\.1\.block_sparse_moe\.experts\.\*\.w1 \(member 3.*NaN or Inf.*damaged"
     ):
-        builders.compress(source, tmp_path / "out", recipe, rounds=1)
+        builders.compress(source, tmp_path / "out", ranks=ranks, rounds=1)
     assert not (tmp_path / "out" / "config.json").exists()
-    if recipe == "hqq":  # the kurtosis policy of milo-s1 sees it while planning, before a folder is made
+    if ranks == "dense:2":  # the kurtosis policy sees it while planning, before a folder is made
         with pytest.raises(CheckpointError, match="unfinished"):
             CompressedCheckpoint(tmp_path / "out")
     else:

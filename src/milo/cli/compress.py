@@ -100,7 +100,7 @@ def quantize(
     made = _make_plan(source, knobs.for_model(source.checkpoint.config), counts)
     err.print(
         f"{made.parameters:,} weights in {len(made.rows):,} groups, {size(made.nbytes)} "
-        f"({made.bits_per_weight:.3f} bits a weight), about {size(peak_bytes(made))} of memory on {device}"
+        f"({made.bits_per_weight:.3f} bits a weight), about {size(peak_bytes(made, device))} of memory on {device}"
     )
     base_model = str(Path(model).resolve()) if Path(model).is_dir() else model
     with bar(made.parameters) as update:

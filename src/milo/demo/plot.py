@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -68,9 +69,10 @@ def plot_results(rows: Sequence[ResultRow], path: Path, title: str = "What each 
 
 
 def _draw_divergence(axes: Axes, rows: Sequence[ResultRow]) -> None:
-    for index, row in enumerate(rows):
-        error = row.kl_se if row.kl_se is not None and math.isfinite(row.kl_se) else None
-        axes.errorbar(row.bytes / _MEGABYTE, row.kl, yerr=error, capsize=3, **_style(index))
+    measured = [(row.bytes, row.kl, row.kl_se) for row in rows if row.kl is not None]
+    for index, (nbytes, kl, kl_se) in enumerate(measured):
+        error = kl_se if kl_se is not None and math.isfinite(kl_se) else None
+        axes.errorbar(nbytes / _MEGABYTE, kl, yerr=error, capsize=3, **_style(index))
     axes.set_yscale("log")
     _finish(axes, "Distance from the original's predictions", "mean KL divergence, nats a token (log scale)")
 
@@ -85,7 +87,7 @@ def _draw_perplexity(axes: Axes, rows: Sequence[ResultRow], originals: Sequence[
     _finish(axes, "Surprise at held-out text", "perplexity")
 
 
-def _style(index: int) -> dict[str, object]:
+def _style(index: int) -> dict[str, Any]:
     return {
         "color": _COLOURS[index % len(_COLOURS)],
         "marker": _MARKERS[index % len(_MARKERS)],

@@ -26,6 +26,7 @@ class Settings:
         experts: Experts in each layer.
         experts_per_token: How many of them a token uses.
         positions: ``max_position_embeddings``: the longest window to judge the model on.
+        init: Standard deviation of the initial weights.
         sequence: Tokens in a training window.
         batch: Windows in a step.
         rate: AdamW's peak learning rate.
@@ -46,10 +47,11 @@ class Settings:
     experts: int = 8
     experts_per_token: int = 2
     positions: int = 512
+    init: float = 0.06
     sequence: int = 128
-    batch: int = 4
+    batch: int = 8
     rate: float = 1.5e-3
-    embedding_rate: float = 9e-3
+    embedding_rate: float = 1.2e-2
     betas: tuple[float, float] = (0.9, 0.99)
     weight_decay: float = 0.01
     balance: float = 0.001
@@ -70,6 +72,7 @@ class Settings:
             num_experts_per_tok=self.experts_per_token,
             max_position_embeddings=self.positions,
             rope_parameters={"rope_type": "default", "rope_theta": 10_000.0},
+            initializer_range=self.init,
             router_aux_loss_coef=self.balance,
             tie_word_embeddings=True,
             bos_token_id=0,

@@ -115,7 +115,7 @@ def _train_into(
     progress(1.0, f"trained for {outcome.steps} steps")
     tokenizer.save_pretrained(folder)
     with _without_progress_bars():
-        model.to(torch.bfloat16).save_pretrained(folder, max_shard_size=_SHARD_SIZE)
+        model.bfloat16().save_pretrained(folder, max_shard_size=_SHARD_SIZE)
     record = {**asdict(outcome), "parameters": model.num_parameters()}
     (folder / "training.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 

@@ -8,7 +8,9 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +25,7 @@ from milo.checkpoint.writer import FolderWriter, Shard, Unit, explained, lay_out
 from milo.errors import CheckpointError
 from milo.format.matrix import TensorSpec
 from milo.pipeline.card import model_card
-from milo.pipeline.work import pieces, read_members, solve_piece
+from milo.pipeline.work import one_thread, pieces, read_members, solve_piece, worker_count
 from milo.plan.plan import Plan, Row
 from milo.solve.stack import Solved
 
@@ -127,18 +129,13 @@ def compress_checkpoint(
         for name in inventory.left:
             _copy(source, name, writer)
         done = 0
-        for row in plan.rows:
+        progress(done, plan.parameters, "")
+        for row, members, solved in _solve_all(source, inventory, plan, device):
+            for member, result in zip(members, solved, strict=True):
+                write_matrix(writer, row, member, result.tensors)
+                matrices.append(describe(row, member, result))
+            done += len(members) * row.shape[0] * row.shape[1]
             progress(done, plan.parameters, row.name)
-            group = inventory.group(row.name)
-            for members in pieces(row):
-                weight = read_members(source, group, members).to(device)
-                solved = solve_piece(weight, row, members, plan.rounds)
-                del weight
-                for member, result in zip(members, solved, strict=True):
-                    write_matrix(writer, row, member, result.tensors)
-                    matrices.append(describe(row, member, result))
-                done += len(members) * row.shape[0] * row.shape[1]
-                progress(done, plan.parameters, row.name)
         seconds = time.perf_counter() - begin
         report = {**summary(plan, shards), "seconds": round(seconds, 2), "matrices": matrices}
         config = {**source.config, "quantization_config": quantization_config(plan, base_model)}
@@ -149,6 +146,31 @@ def compress_checkpoint(
     finally:
         writer.close()
     return Compressed(Path(out), report, seconds)
+
+
+def _solve_all(
+    source: Checkpoint, inventory: Inventory, plan: Plan, device: str
+) -> Iterator[tuple[Row, range, list[Solved]]]:
+    """Solve every piece, several at a time, and yield them in order; few are ever in flight, so memory is bounded."""
+    groups = {group.name: group for group in inventory.groups}
+
+    def solve(row: Row, members: range) -> list[Solved]:
+        weight = read_members(source, groups[row.name], members).to(device)
+        return solve_piece(weight, row, members, plan.rounds)
+
+    work = ((row, members) for row in plan.rows for members in pieces(row))
+    workers = worker_count(device)
+    with one_thread(), ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        flying: deque[tuple[Row, range, Future[list[Solved]]]] = deque()
+        try:
+            for row, members in work:
+                flying.append((row, members, pool.submit(solve, row, members)))
+                if len(flying) > workers:
+                    yield (first := flying.popleft())[0], first[1], first[2].result()
+            while flying:
+                yield (first := flying.popleft())[0], first[1], first[2].result()
+        finally:  # an error or Ctrl-C: what has not begun never does
+            pool.shutdown(wait=True, cancel_futures=True)
 
 
 def write_matrix(writer: FolderWriter, row: Row, member: int, tensors: Mapping[str, torch.Tensor]) -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from milo.checkpoint.inventory import Inventory, Placement, take_inventory
 from milo.checkpoint.source import Checkpoint
-from milo.pipeline.work import piece_bytes, read_matrices
+from milo.pipeline.work import piece_bytes, read_matrices, worker_count
 from milo.plan.plan import Plan, make_plan
 from milo.plan.ranks import Evidence
 from milo.plan.recipe import Recipe
@@ -62,6 +62,6 @@ def plan_source(
     return make_plan(source.inventory, recipe, source.checkpoint.config, evidence)
 
 
-def peak_bytes(plan: Plan) -> int:
-    """Peak memory of carrying the plan out, the Python process itself excluded."""
-    return max(piece_bytes(row) for row in plan.rows)
+def peak_bytes(plan: Plan, device: str = "cpu") -> int:
+    """Peak memory of carrying the plan out on this machine, the Python process itself excluded."""
+    return worker_count(device) * max(piece_bytes(row) for row in plan.rows)

@@ -1,12 +1,15 @@
 """Work items: how a group of matrices is read and solved in pieces of bounded size.
 
 A piece is at most `PIECE` elements (but at least one matrix), whatever the machine: its size decides which matrices
-share a batch, and so the last bits of the result.
+share a batch, and so the last bits of the result. On a CPU a piece is solved by one thread, for the same reason, and
+the cores share the work by solving different pieces (`one_thread`).
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -15,9 +18,25 @@ from milo.checkpoint.source import Checkpoint
 from milo.plan.plan import Row
 from milo.solve.stack import Solved, solve_stack
 
-PIECE = 1 << 25
+PIECE = 1 << 24
 # Measured peak of `solve_stack` in float32 copies of its input (the source tensor and the result included).
 COPIES = 8
+
+
+def worker_count(device: str) -> int:
+    """Pieces that are solved at the same time: the cores of a CPU (up to 8, then Python is the limit), one on a GPU."""
+    return min(os.cpu_count() or 1, 8) if device == "cpu" else 1
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """PyTorch's operations run on the calling thread only: same bits on every machine, no oversubscription."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def pieces(row: Row) -> Iterator[range]:
@@ -47,7 +66,7 @@ def read_matrices(checkpoint: Checkpoint, group: Group) -> Iterator[torch.Tensor
         yield read_members(checkpoint, group, range(member, member + 1))[0]
 
 
-def piece_bytes(row: Row, source_bytes: int = 4) -> int:
+def piece_bytes(row: Row) -> int:
     """Peak bytes while the largest piece of a row is solved."""
     longest = max(len(members) for members in pieces(row))
     return longest * row.shape[0] * row.shape[1] * 4 * COPIES

@@ -37,7 +37,7 @@ from milo.integrations.transformers.assembly import (
 from milo.integrations.transformers.structure import placements
 from milo.pipeline.compress import quantization_config
 from milo.pipeline.planning import Source, plan_source
-from milo.pipeline.work import pieces, solve_piece
+from milo.pipeline.work import one_thread, pieces, solve_piece
 from milo.plan.plan import Plan
 from milo.plan.recipe import DEFAULT, Recipe, custom_recipe
 from milo.solve.stack import Solved
@@ -232,7 +232,8 @@ def compress_site(site: Site, model: nn.Module, weight: torch.Tensor, rounds: in
     Returns:
         The solved matrices.
     """
-    solved = [s for part in pieces(site.row) for s in solve_piece(_cut(weight, part), site.row, part, rounds)]
+    with one_thread():
+        solved = [s for part in pieces(site.row) for s in solve_piece(_cut(weight, part), site.row, part, rounds)]
     site.attach(model, solved)
     for matrix in site.matrices(model):
         for tensor in matrix.parameters():

@@ -37,7 +37,7 @@ def meta_model(folder: Path) -> PreTrainedModel | None:
     """
     try:
         config = AutoConfig.from_pretrained(folder)
-    except (ValueError, KeyError):
+    except (ValueError, KeyError, OSError):  # OSError: no readable config.json, which the checkpoint reports itself
         return None
     names = list(config.architectures or [])
     model_class = next((getattr(transformers, n) for n in names if hasattr(transformers, n)), None)
