@@ -1,6 +1,6 @@
 """Print the committed quality results as the Markdown tables of `docs/results.md`.
 
-    python benchmarks/quality_table.py benchmarks/results/quality_*.json
+python benchmarks/quality_table.py benchmarks/results/quality_*.json
 """
 
 from __future__ import annotations

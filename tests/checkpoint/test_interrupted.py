@@ -22,13 +22,12 @@ KNOBS = {"ranks": "dense:4+kurtosis:2", "rounds": 2, "max_shard_size": 20_000}
 CHILD = f"""
 import sys, time
 from pathlib import Path
-import torch
-torch.set_num_threads(1)
 import builders
 from milo.pipeline import compress
 solve = compress.solve_piece
 def slow(*args):
-    print("solving", flush=True)
+    sys.stdout.write("solving\\n")
+    sys.stdout.flush()
     time.sleep(0.2)
     return solve(*args)
 compress.solve_piece = slow
@@ -37,6 +36,7 @@ print("done", flush=True)
 """
 
 
+@pytest.mark.slow
 def test_a_killed_run_is_refused_and_running_again_gives_the_undisturbed_result(
     mixtral_folder: Path, tmp_path: Path
 ) -> None:
@@ -52,7 +52,6 @@ def test_a_killed_run_is_refused_and_running_again_gives_the_undisturbed_result(
 
     assert (out / UNFINISHED).exists()
     assert not (out / "config.json").exists()
-    assert list(out.glob("*.part"))
     assert list(out.glob("*.safetensors"))  # some shards were complete already
     with pytest.raises(CheckpointError, match="is an unfinished compression; run the same `milo quantize` again"):
         CompressedCheckpoint(out)

@@ -64,6 +64,11 @@ def test_32_codes_of_3_bits_are_exactly_three_words_and_code_i_stands_at_bit_3i(
         assert value == 7 << (3 * position)
 
 
+def test_the_example_of_the_documentation() -> None:
+    words = pack_words(torch.arange(32) % 8, 3)
+    assert words.numpy().tobytes() == bytes.fromhex("88C6FA" * 4)
+
+
 def test_leading_dimensions_and_any_integer_dtype_are_kept_apart_from_the_codes() -> None:
     codes = torch.arange(2 * 3 * 40).reshape(2, 3, 40) % 8
     words = pack_words(codes, 3)

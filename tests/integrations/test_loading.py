@@ -204,7 +204,7 @@ def test_a_dense_model_is_refused_unchanged() -> None:
         hidden_size=64, intermediate_size=96, num_hidden_layers=1, num_attention_heads=2, vocab_size=64
     )
     model = LlamaForCausalLM(config)
-    with pytest.raises(UnsupportedModelError, match="^llama: no experts found"):
+    with pytest.raises(UnsupportedModelError, match=r"^llama: no experts found"):
         milo.compress_model(model)
     assert not compressed_modules(model)
 
@@ -273,6 +273,7 @@ def child(code: str, *args: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, env=builders.child_environment(), capture_output=True, text=True, check=False)
 
 
+@pytest.mark.slow
 def test_without_import_milo_transformers_warns_and_the_files_say_what_to_do(compressed_folder: Path) -> None:
     """The claim of the card and of the config's note: no error, a warning, and random experts."""
     code = """
@@ -295,6 +296,7 @@ print(type(model).__name__)
     assert "import milo" in (compressed_folder / "README.md").read_text()
 
 
+@pytest.mark.slow
 def test_importing_milo_touches_neither_cuda_nor_vllm() -> None:
     code = """
 import sys

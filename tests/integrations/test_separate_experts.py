@@ -17,8 +17,10 @@ from transformers.modeling_outputs import CausalLMOutput
 
 import builders
 import milo
+import zoo
 from milo.checkpoint.compressed import CompressedCheckpoint
 from milo.checkpoint.source import Checkpoint
+from milo.errors import FormatError, UnsupportedModelError
 from milo.integrations.transformers.routing import routing_counts
 from milo.modules.matrix import CompressedLinear
 
@@ -145,6 +147,39 @@ def test_a_folder_made_from_names_alone_loads_into_the_models_own_code(folders: 
         reference.get_submodule(name).weight.data.copy_(weight)
     torch.testing.assert_close(logits(model), logits(reference), rtol=1e-4, atol=1e-4)
     assert (logits(model) - before).norm() > 0.01 * before.norm()
+
+
+def test_any_module_with_the_checkpoints_names_takes_the_weights(folders: tuple[Path, Path]) -> None:
+    """`milo.load_compressed`: no transformers involved, on the meta device or not."""
+    source, out = folders
+    expected = logits(DeepseekForCausalLM.from_pretrained(out))
+    config = StandInConfig.from_pretrained(source)
+    with torch.device("meta"):
+        empty = DeepseekForCausalLM(config)
+    for module in (empty, DeepseekForCausalLM(config)):
+        assert milo.load_compressed(module, out) is module
+        assert isinstance(module.model.layers[1].mlp.experts[3].up_proj, CompressedLinear)
+        assert torch.equal(logits(module.eval()), expected)
+
+
+def test_a_module_that_does_not_fit_is_refused(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    source, out = folders
+    config = StandInConfig.from_pretrained(source)
+    with pytest.raises(
+        FormatError, match=r"StandInModel has no linear layer model\.layers\.0\.mlp\.down_proj of shape"
+    ):
+        milo.load_compressed(StandInModel(config), out)
+    headless = DeepseekForCausalLM(config)
+    del headless.lm_head
+    with pytest.raises(FormatError, match=r"do not fit: missing \[\], left over \['lm_head.weight'\]"):
+        milo.load_compressed(headless, out)
+    config.hidden_size = 96
+    with pytest.raises(FormatError, match=r"has no linear layer model\.layers\.0\.mlp\.down_proj of shape \(64, 160\)"):
+        milo.load_compressed(DeepseekForCausalLM(config), out)
+    zoo.tiny_model("gpt_oss").save_pretrained(tmp_path / "stacked")
+    builders.compress(tmp_path / "stacked", tmp_path / "stacked_out", "hqq")
+    with pytest.raises(UnsupportedModelError, match="is a fused stack of experts; load it through transformers"):
+        milo.load_compressed(nn.Module(), tmp_path / "stacked_out")
 
 
 def test_it_saves_bit_exactly_and_compresses_on_load_and_in_memory_alike(

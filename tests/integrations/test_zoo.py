@@ -17,6 +17,7 @@ import torch
 import transformers
 from safetensors.torch import save_file
 from transformers import PreTrainedModel
+from transformers.models.aria import modeling_aria
 
 import builders
 import milo
@@ -42,6 +43,8 @@ REFUSED = {
     "longcat_flash": f"LongcatFlashExperts .* {CONTRACT}",
     "step3p7": f"Step3p7Experts .* {CONTRACT}",
 }
+if not hasattr(modeling_aria, "use_experts_implementation"):  # transformers before 5.20
+    REFUSED |= dict.fromkeys(["aria", "aria_text"], f"AriaGroupedExpertsGemm .* {CONTRACT}")
 # One of each kind of layout; these also go through saving, compressing on load and compressing in memory.
 REPRESENTATIVE = [
     "mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "deepseek_v2", "deepseek_v3", "gpt_oss", "granitemoe", "nemotron_h",

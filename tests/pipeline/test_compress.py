@@ -13,7 +13,6 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import damage
 import pytest
 import torch
 from safetensors import safe_open
@@ -21,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import builders
+import damage
 from milo.checkpoint.compressed import CompressedCheckpoint
 from milo.checkpoint.source import Checkpoint, read_header
 from milo.checkpoint.writer import UNFINISHED, FolderWriter
@@ -93,6 +93,22 @@ def test_two_runs_give_the_same_files(mixtral_folder: Path, tmp_path: Path) -> N
     assert len(hashes) >= 7  # shards, index, config, report, card, tokenizer
 
 
+@pytest.mark.parametrize("workers", [1, 3])
+def test_any_number_of_cores_gives_the_same_files(
+    workers: int, mixtral_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    builders.compress(mixtral_folder, tmp_path / "a", **KNOBS)
+    monkeypatch.setattr(compress, "worker_count", lambda device: workers)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        builders.compress(mixtral_folder, tmp_path / "b", **KNOBS)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(threads)
+    assert builders.file_hashes(tmp_path / "a") == builders.file_hashes(tmp_path / "b")
+
+
 def test_the_size_of_a_piece_bounds_a_batch_and_hardly_touches_the_result(
     mixtral_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -109,7 +125,7 @@ def test_the_size_of_a_piece_bounds_a_batch_and_hardly_touches_the_result(
 def test_peak_memory_is_told_from_the_plan(mixtral_folder: Path) -> None:
     source = open_source(str(mixtral_folder))
     plan = plan_source(source, custom_recipe("hqq", source.checkpoint.config))
-    assert peak_bytes(plan) == 4 * 96 * 64 * 4 * work.COPIES
+    assert peak_bytes(plan) == work.worker_count("cpu") * 4 * 96 * 64 * 4 * work.COPIES
     assert source.sixteen_bit_bytes == 2 * plan.parameters
 
 
@@ -183,7 +199,7 @@ def test_progress_counts_weights_up_to_all_of_them(mixtral_folder: Path, tmp_pat
     assert [step[0] for step in seen] == sorted(step[0] for step in seen)
     assert seen[0][0] == 0
     assert seen[-1][:2] == (plan.parameters, plan.parameters)
-    assert {step[2] for step in seen} == set(plan.by_name)
+    assert {step[2] for step in seen} == {"", *plan.by_name}
 
 
 @pytest.mark.parametrize("ranks", ["dense:2", "kurtosis:2"])

@@ -1,7 +1,8 @@
 """Memory is bounded by the largest piece of work, not by the model: 4 GB in, less than 2 GB resident, mapped pages too.
 
-The checkpoint is a Mixtral whose experts fill a piece exactly (8 × 1024 × 4096 weights) and whose embeddings, half a
-gigabyte each, are only copied. It is made of one random tensor written over and over.
+The checkpoint is a Mixtral whose experts fill pieces exactly (4 × 1024 × 4096 weights) and whose embeddings, half a
+gigabyte each, are only copied. It is made of one random tensor written over and over. Every core holds a piece, so
+the number of cores is fixed to the two of the smallest machine.
 """
 
 from __future__ import annotations
@@ -26,9 +27,9 @@ LAYERS, VOCAB, PER_SHARD = 15, 1 << 18, 150
 CHILD = """
 import sys
 from pathlib import Path
-import torch
-torch.set_num_threads(2)
 import builders
+from milo.pipeline import compress
+compress.worker_count = lambda device: 2
 builders.compress(Path(sys.argv[1]), Path(sys.argv[2]), "rtn")
 print(Path("/proc/self/status").read_text())
 """

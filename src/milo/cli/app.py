@@ -45,7 +45,8 @@ def main() -> None:
         sys.exit(1)
     except KeyboardInterrupt:
         err.print("interrupted; nothing half-written looks finished, run the same command again")
-        sys.exit(130)
+        sys.stdout.flush()
+        os._exit(130)  # not sys.exit, which would wait for the pieces that threads are still solving
     except BrokenPipeError:  # `milo plan ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)

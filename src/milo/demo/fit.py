@@ -16,6 +16,7 @@ import torch
 from transformers import MixtralForCausalLM
 
 from milo.demo.settings import Settings
+from milo.demo.threads import fastest_threads
 from milo.errors import MiloError
 
 _REPORT_EVERY = 0.25  # seconds
@@ -29,7 +30,7 @@ class Outcome:
         steps: Optimiser steps made.
         tokens: Tokens trained on.
         seconds: Time it took.
-        loss: Mean training loss of the last steps, in nats a token, the balance loss included.
+        loss: Training loss at the end in nats a token, smoothed over some twenty steps, balance loss included.
     """
 
     steps: int
@@ -55,7 +56,7 @@ def fit(
     seconds: float,
     progress: Callable[[float, str], None],
 ) -> Outcome:
-    """Trains ``model`` in place.
+    """Trains ``model`` in place, with the number of threads that turns out fastest.
 
     Args:
         model: The model, in float32.
@@ -67,11 +68,37 @@ def fit(
     Raises:
         MiloError: The loss is not finite.
     """
+    begin = time.monotonic()
     model.train()
+    sample = next(data)
+    with fastest_threads(lambda: _backward(model, sample)) as threads:
+        model.zero_grad()
+        outcome = _run(model, data, settings, begin, seconds, lambda f, m: progress(f, f"{m}, {threads} thread(s)"))
+    model.eval()
+    if not math.isfinite(outcome.loss):
+        raise MiloError(f"the demo's training diverged ({outcome.steps} steps): try another seed")
+    return outcome
+
+
+def _backward(model: MixtralForCausalLM, window: torch.Tensor) -> float:
+    """Adds one batch's gradients and returns its loss, that of balancing the experts included."""
+    loss = model(input_ids=window, labels=window, output_router_logits=True, use_cache=False).loss
+    loss.backward()
+    return loss.item()
+
+
+def _run(
+    model: MixtralForCausalLM,
+    data: Iterator[torch.Tensor],
+    settings: Settings,
+    begin: float,
+    seconds: float,
+    progress: Callable[[float, str], None],
+) -> Outcome:
+    """Takes optimiser steps until ``seconds`` after ``begin``."""
     optimizer = _optimizer(model, settings)
     peaks = [group["lr"] for group in optimizer.param_groups]
-    begin = time.monotonic()
-    elapsed = reported = 0.0
+    elapsed = reported = time.monotonic() - begin
     steps = tokens = 0
     smooth = 0.0
     while steps == 0 or elapsed < seconds:
@@ -79,21 +106,17 @@ def fit(
         for group, peak in zip(optimizer.param_groups, peaks, strict=True):
             group["lr"] = peak * factor
         window = next(data)
-        loss = model(input_ids=window, labels=window, output_router_logits=True, use_cache=False).loss
-        loss.backward()
+        loss = _backward(model, window)
         torch.nn.utils.clip_grad_norm_(model.parameters(), settings.clip)
         optimizer.step()
         optimizer.zero_grad()
         steps += 1
         tokens += window.numel()
-        smooth += (loss.item() - smooth) / min(steps, 20)
+        smooth += (loss - smooth) / min(steps, 20)
         elapsed = time.monotonic() - begin
         if elapsed - reported >= _REPORT_EVERY:
             progress(min(1.0, elapsed / seconds), f"training: step {steps}, loss {smooth:.2f}")
             reported = elapsed
-    if not math.isfinite(smooth):
-        raise MiloError(f"the demo's training diverged (loss {smooth} after {steps} steps): try another seed")
-    model.eval()
     return Outcome(steps=steps, tokens=tokens, seconds=elapsed, loss=smooth)
 
 

@@ -160,8 +160,9 @@ def _solve_all(
 
     work = ((row, members) for row in plan.rows for members in pieces(row))
     workers = worker_count(device)
-    with one_thread(), ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        flying: deque[tuple[Row, range, Future[list[Solved]]]] = deque()
+    pool = ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,))
+    flying: deque[tuple[Row, range, Future[list[Solved]]]] = deque()
+    with one_thread():
         try:
             for row, members in work:
                 flying.append((row, members, pool.submit(solve, row, members)))
@@ -169,8 +170,8 @@ def _solve_all(
                     yield (first := flying.popleft())[0], first[1], first[2].result()
             while flying:
                 yield (first := flying.popleft())[0], first[1], first[2].result()
-        finally:  # an error or Ctrl-C: what has not begun never does
-            pool.shutdown(wait=True, cancel_futures=True)
+        finally:  # after an error or Ctrl-C nobody waits for pieces that are being solved, and no other begins
+            pool.shutdown(wait=False, cancel_futures=True)
 
 
 def write_matrix(writer: FolderWriter, row: Row, member: int, tensors: Mapping[str, torch.Tensor]) -> None:

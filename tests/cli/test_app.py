@@ -1,0 +1,146 @@
+"""The commands end to end on a tiny model, as a user types them: output, JSON, exit codes, clean failures."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+import zoo
+
+MILO = [sys.executable, "-m", "milo.cli.app"]
+
+
+def milo(*args: str | Path, code: int = 0) -> subprocess.CompletedProcess[str]:
+    """Run `milo ARGS`, check its exit code, return what it printed."""
+    done = subprocess.run([*MILO, *map(str, args)], capture_output=True, text=True, timeout=300, env=_environment())
+    assert done.returncode == code, done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
+    return done
+
+
+def _environment() -> dict[str, str]:
+    return {**os.environ, "COLUMNS": "200", "HF_HUB_OFFLINE": "1"}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Mixtral with a word tokenizer."""
+    folder = tmp_path_factory.mktemp("cli") / "tiny"
+    zoo.tiny_model("mixtral").save_pretrained(folder)
+    words = {"[UNK]": 0, **{f"w{i}": i for i in range(1, 200)}}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="[UNK]").save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("cli") / "text.txt"
+    path.write_text(" ".join(f"w{(i * i) % 190 + 1}" for i in range(300)))
+    return path
+
+
+@pytest.fixture(scope="module")
+def compressed(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("cli") / "out"
+    milo("quantize", model, "-o", out, "--ranks", "dense:4+kurtosis:2", "--rounds", "2")
+    return out
+
+
+def test_plan_and_files_agree_to_the_byte(model: Path, compressed: Path) -> None:
+    plan = json.loads(milo("plan", model, "--ranks", "dense:4+kurtosis:2", "--rounds", "2", "--json").stdout)
+    files = sum(path.stat().st_size for path in compressed.glob("*.safetensors"))
+    assert plan["files_bytes"] == files
+    inspected = json.loads(milo("inspect", compressed, "--json").stdout)
+    assert inspected["compressed_bytes"] == plan["compressed_bytes"]
+    assert inspected["bits_per_weight"] == pytest.approx(8 * plan["compressed_bytes"] / plan["compressed_weights"])
+    assert {role["role"] for role in inspected["roles"]} == {"attention", "expert"}
+    assert all(0 < role["mean_error"] < 0.5 for role in inspected["roles"])
+
+
+def test_plan_prints_a_table_that_names_every_kind_of_matrix(model: Path) -> None:
+    shown = milo("plan", model, "--recipe", "hqq").stdout
+    assert "model.layers.#.block_sparse_moe.experts.*.w1" in shown
+    assert "bits a weight" in shown
+
+
+def test_eval_measures_against_the_recorded_source(model: Path, compressed: Path, text: Path) -> None:
+    args = ("--text", text, "--window", "64", "--stride", "16", "--json")
+    found = json.loads(milo("eval", compressed, *args).stdout)
+    assert found["original"] == str(model)
+    assert found["divergence"]["kl"] > 0
+    assert found["contiguous"]["ppl"] > 1
+    assert found["sliding"]["stride"] == 16
+    itself = json.loads(milo("eval", model, *args).stdout)
+    assert itself["divergence"] is None
+    assert itself["size"]["bits_per_weight"] is None
+    assert "perplexity" in milo("eval", compressed, "--text", text, "--window", "64").stdout
+
+
+def test_profile_feeds_the_frequency_policy(model: Path, text: Path, tmp_path: Path) -> None:
+    refused = milo("plan", model, "--ranks", "frequency:4", code=1)
+    assert "milo profile" in refused.stderr
+    counts = tmp_path / "counts.json"
+    milo("profile", model, "--text", text, "-o", counts)
+    tallies = json.loads(counts.read_text())["counts"]
+    assert set(tallies) == {f"model.layers.{i}.block_sparse_moe.experts" for i in range(len(tallies))}
+    assert all(sum(tally) == 2 * 300 for tally in tallies.values())  # top-2 of 300 tokens
+    plan = json.loads(milo("plan", model, "--ranks", "frequency:4", "--counts", counts, "--json").stdout)
+    assert plan["policy"] == "frequency:4"
+
+
+def test_generate_continues_a_prompt(compressed: Path) -> None:
+    shown = milo("generate", compressed, "-p", "w1 w2 w3", "--max-new-tokens", "5").stdout
+    assert shown.startswith("w1 w2 w3 ")
+    assert len(shown.split()) >= 4
+
+
+def test_doctor_names_the_kernel_that_runs() -> None:
+    found = json.loads(milo("doctor", "--json").stdout)
+    assert found["quantizer_registered"]
+    assert any(kernel["runs"] and kernel["reason"] for kernel in found["kernels"])
+    assert "transformers" in milo("doctor").stdout
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (("plan", "no-such-folder"), "not a folder"),
+        (("plan", "{model}", "--recipe", "best"), "milo-s1"),
+        (("plan", "{model}", "--ranks", "thick:3"), "unknown rank policy"),
+        (("plan", "{model}", "--bits", "7"), "bits = 7"),
+        (("plan", "{model}", "--counts", "nowhere.json"), "nowhere.json"),
+        (("inspect", "{model}"), "not compressed with MiLo"),
+        (("quantize", "{model}", "-o", "{model}"), "not empty"),
+        (("eval", "{model}", "--text", "nowhere.txt"), "nowhere.txt"),
+    ],
+)
+def test_mistakes_get_one_clear_line(model: Path, args: tuple[str, ...], words: str) -> None:
+    failed = milo(*(arg.format(model=model) for arg in args), code=1)
+    assert words in failed.stderr
+    assert failed.stderr.strip().startswith("error: ")
+
+
+def test_ctrl_c_leaves_nothing_that_looks_finished(model: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    command = [*MILO, "quantize", str(model), "-o", str(out), "--ranks", "uniform:8", "--rounds", "100000"]
+    running = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=_environment())
+    deadline = time.monotonic() + 120
+    while not (out / "milo_unfinished.json").exists() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    running.send_signal(signal.SIGINT)
+    _, errors = running.communicate(timeout=60)
+    assert running.returncode == 130, errors
+    assert "Traceback" not in errors
+    assert not (out / "config.json").exists()
+    assert "unfinished" in milo("inspect", out, code=1).stderr
