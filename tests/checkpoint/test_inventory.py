@@ -224,6 +224,12 @@ def test_a_matrix_whose_module_is_no_plain_linear_is_left_alone() -> None:
     assert inventory.left[name] is Role.OTHER
 
 
+def test_a_matrix_that_is_no_weight_is_left_alone_where_no_class_explains_it() -> None:
+    shapes, config = builders.mixtral(layers=1)
+    adapter = {"model.layers.0.self_attn.q_proj.lora_A": (64, 64)}
+    assert take_inventory(builders.heads(shapes | adapter), config).left[next(iter(adapter))] is Role.OTHER
+
+
 def test_an_unknown_group_is_a_key_error() -> None:
     shapes, config = builders.mixtral()
     with pytest.raises(KeyError):

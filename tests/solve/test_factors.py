@@ -131,6 +131,15 @@ def test_the_product_is_that_of_the_stored_tensors(kind: str) -> None:
     torch.testing.assert_close(product, stored[0].T @ stored[1])
 
 
+def test_factors_that_say_the_same_thing_many_times_stay_finite() -> None:
+    """Equal columns of U make the refit's normal equations singular."""
+    u = torch.ones(520, 1).expand(520, 512)
+    v = torch.randn(512, 530, generator=torch.Generator().manual_seed(7)) * 0.01 + 0.1
+    product = round_factors(u @ v, u, v, "int3")[1]
+    assert torch.isfinite(product).all()
+    assert (product - u @ v).norm() < 0.5 * (u @ v).norm()
+
+
 def test_v_takes_up_what_rounding_u_leaves() -> None:
     """The refit: rounding U and V apart from each other leaves more."""
     generator = torch.Generator().manual_seed(6)

@@ -9,7 +9,9 @@ import torch
 
 from milo.errors import PlanError, WeightError
 from milo.format.matrix import BITS, FACTOR_BITS, Encoding
+from milo.kernels import reference
 from milo.kernels.reference import reconstruct
+from milo.solve.grid import Grid, encode
 from milo.solve.stack import Solved, solve_stack
 
 
@@ -40,6 +42,18 @@ def test_the_reported_error_is_that_of_the_stored_tensors(encoding: Encoding, gr
     results = solve_stack(weight, [0, 1, 17, 72], encoding, grid, rounds=3)
     for matrix, solved in zip(weight, results, strict=True):
         assert solved.error == pytest.approx(true_error(matrix, solved, encoding), rel=1e-3, abs=1e-6)
+
+
+@pytest.mark.parametrize("factor", ["int3", "fp16"])
+def test_codes_are_the_nearest_to_what_the_stored_compensator_leaves(factor: str) -> None:
+    weight, encoding = normal(1, 72, 96), Encoding(factor=factor)
+    tensors = solve_stack(weight, [17], encoding, rounds=3)[0].tensors
+    u, v = reference.factor(tensors, encoding, "lowrank_u", 72), reference.factor(tensors, encoding, "lowrank_v", 96)
+    assert u is not None
+    assert v is not None
+    grid = Grid(reference.scales(tensors, encoding, 2)[None], reference.zeros(tensors, encoding, 2)[None])
+    nearest = encode(weight - u.T @ v, grid, encoding)[0]
+    assert (nearest == reference.codes(tensors, encoding, 96)).double().mean() > 0.999
 
 
 def test_more_rank_and_more_bits_mean_less_error() -> None:

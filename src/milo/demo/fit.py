@@ -62,18 +62,17 @@ def fit(
         model: The model, in float32.
         data: Token windows, int64 ``[batch, sequence]``.
         settings: Rates and schedule.
-        seconds: Wall-clock budget; at least one step is made.
+        seconds: Wall-clock budget, from when the threads are chosen; at least one step is made.
         progress: Called as ``progress(fraction, message)`` a few times a second.
 
     Raises:
         MiloError: The loss is not finite.
     """
-    begin = time.monotonic()
     model.train()
     sample = next(data)
     with fastest_threads(lambda: _backward(model, sample)) as threads:
         model.zero_grad()
-        outcome = _run(model, data, settings, begin, seconds, lambda f, m: progress(f, f"{m}, {threads} thread(s)"))
+        outcome = _run(model, data, settings, seconds, lambda f, m: progress(f, f"{m}, {threads} thread(s)"))
     model.eval()
     if not math.isfinite(outcome.loss):
         raise MiloError(f"the demo's training diverged ({outcome.steps} steps): try another seed")
@@ -91,14 +90,14 @@ def _run(
     model: MixtralForCausalLM,
     data: Iterator[torch.Tensor],
     settings: Settings,
-    begin: float,
     seconds: float,
     progress: Callable[[float, str], None],
 ) -> Outcome:
-    """Takes optimiser steps until ``seconds`` after ``begin``."""
+    """Takes optimiser steps until the time is up."""
     optimizer = _optimizer(model, settings)
     peaks = [group["lr"] for group in optimizer.param_groups]
-    elapsed = reported = time.monotonic() - begin
+    begin = time.monotonic()
+    elapsed = reported = 0.0
     steps = tokens = 0
     smooth = 0.0
     while steps == 0 or elapsed < seconds:

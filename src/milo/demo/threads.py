@@ -13,7 +13,8 @@ from contextlib import contextmanager
 
 import torch
 
-_TRIALS = 2
+# A trial this many times slower than the best so far is not given another chance.
+_HOPELESS = 1.5
 
 
 @contextmanager
@@ -24,7 +25,7 @@ def fastest_threads(trial: Callable[[], object]) -> Iterator[int]:
     is put back at the end.
 
     Args:
-        trial: A piece of the work to come; called at least three times, so it must not change anything.
+        trial: A piece of the work to come; called several times, so it must not change anything.
 
     Yields:
         The number of threads chosen.
@@ -36,7 +37,9 @@ def fastest_threads(trial: Callable[[], object]) -> Iterator[int]:
         trial()  # the first call pays for allocations and lazy initialisation
         for count in _doublings(before):
             torch.set_num_threads(count)
-            seconds = min(_seconds(trial) for _ in range(_TRIALS))
+            seconds = _seconds(trial)
+            if seconds < _HOPELESS * best:
+                seconds = min(seconds, _seconds(trial))
             if seconds >= best:
                 break
             chosen, best = count, seconds

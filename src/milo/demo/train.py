@@ -49,7 +49,8 @@ def train_demo_model(
 
     Args:
         cache: Folder which keeps trained models; made where missing.
-        seconds: Wall-clock time to train. Learning the vocabulary and saving take some seconds more.
+        seconds: Wall-clock time to train. Learning the vocabulary, choosing the number of threads and saving take
+            some seconds more.
         progress: Called as ``progress(fraction, message)`` a few times a second.
         seed: Of the initial weights and of the order of the data.
 

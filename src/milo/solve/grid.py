@@ -26,9 +26,6 @@ class Grid:
     scale: torch.Tensor
     zero: torch.Tensor
 
-    def select(self, index: torch.Tensor) -> Grid:
-        return Grid(self.scale[index], self.zero[index])
-
 
 def to_groups(weight: torch.Tensor, size: int) -> torch.Tensor:
     """View `[E, N, K]` as groups `[E, N, G, size]`; a short last group is filled by repeating its last column.
