@@ -11,6 +11,7 @@ import typer
 from rich.table import Table
 
 from milo.checkpoint.hub import find_model
+from milo.checkpoint.roles import LAYER_INDEX
 from milo.checkpoint.writer import write_atomically
 from milo.cli.console import bar, err, out, peak_memory, print_json, size
 from milo.cli.options import (
@@ -204,8 +205,6 @@ def _print_plan(made: Plan, source: Source, files: int) -> None:
 
 
 def _by_template(made: Plan) -> dict[str, list[Row]]:
-    from milo.checkpoint.roles import LAYER_INDEX
-
     grouped: dict[str, list[Row]] = defaultdict(list)
     for row in made.rows:
         grouped[LAYER_INDEX.sub("#", row.name, count=1)].append(row)
