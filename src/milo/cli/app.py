@@ -41,7 +41,7 @@ def main() -> None:
     try:
         app()
     except MiloError as error:
-        err.print(f"error: {error}", style="red", markup=False, highlight=False)
+        err.print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
         sys.exit(1)
     except KeyboardInterrupt:
         err.print("interrupted; nothing half-written looks finished, run the same command again")

@@ -13,7 +13,7 @@ from rich.table import Table
 from milo.checkpoint.hub import find_model
 from milo.checkpoint.roles import LAYER_INDEX
 from milo.checkpoint.writer import write_atomically
-from milo.cli.console import bar, err, out, peak_memory, print_json, size
+from milo.cli.console import bar, err, out, peak_memory, print_json, say, size
 from milo.cli.options import (
     BEST_DEVICE,
     BitsOption,
@@ -99,9 +99,10 @@ def quantize(
     knobs = Knobs(recipe, ranks, bits, group_size, grid, rounds, factor, scale_bits, zero_bits)
     source = open_source(model)
     made = _make_plan(source, knobs.for_model(source.checkpoint.config), counts)
-    err.print(
+    say(
         f"{made.parameters:,} weights in {len(made.rows):,} groups, {size(made.nbytes)} "
-        f"({made.bits_per_weight:.3f} bits a weight), about {size(peak_bytes(made, device))} of memory on {device}"
+        f"({made.bits_per_weight:.3f} bits a weight), about {size(peak_bytes(made, device))} of memory on {device}",
+        err,
     )
     base_model = str(Path(model).resolve()) if Path(model).is_dir() else model
     with bar(made.parameters) as update:
@@ -117,7 +118,7 @@ def quantize(
             progress=lambda done, total, name: update(done, name),
         )
     errors = [matrix["error"] for matrix in result.report["matrices"]]
-    out.print(
+    say(
         f"{output}: {size(result.report['files_bytes'])} in {result.seconds:.1f} s, "
         f"{made.bits_per_weight:.3f} bits a weight, mean relative error {sum(errors) / len(errors):.4f}, "
         f"peak memory {size(peak_memory())}"
@@ -145,7 +146,7 @@ def profile(
     except OSError as error:
         raise MiloError(f"cannot write {output}: {error}") from error
     spread = max(max(c) / max(1, min(c)) for c in counts.values())
-    out.print(f"{output}: {len(counts)} layers, {len(ids):,} tokens; most to least chosen expert up to {spread:.1f}×")
+    say(f"{output}: {len(counts)} layers, {len(ids):,} tokens; most to least chosen expert up to {spread:.1f}×")
 
 
 def _make_plan(source: Source, recipe: Recipe, counts: Path | None) -> Plan:
@@ -193,15 +194,15 @@ def _print_plan(made: Plan, source: Source, files: int) -> None:
         )
     out.print(table)
     sixteen = source.sixteen_bit_bytes
-    out.print(
+    say(
         f"compressed: {made.parameters:,} weights in {made.nbytes:,} bytes = {made.bits_per_weight:.4f} bits a weight "
         f"({made.nbytes / sixteen:.1%} of 16 bits)"
     )
     kept = files - made.nbytes
-    out.print(f"files: {files:,} bytes, of which {kept:,} are kept as they are (embeddings, norms, routers, headers)")
-    out.print(f"peak memory while compressing: about {size(peak_bytes(made))} beside Python and PyTorch")
+    say(f"files: {files:,} bytes, of which {kept:,} are kept as they are (embeddings, norms, routers, headers)")
+    say(f"peak memory while compressing: about {size(peak_bytes(made))} beside Python and PyTorch")
     if made.clipped:
-        out.print(f"{made.clipped} matrices asked for more rank than min(N, K) and were clipped to it")
+        say(f"{made.clipped} matrices asked for more rank than min(N, K) and were clipped to it")
 
 
 def _by_template(made: Plan) -> dict[str, list[Row]]:

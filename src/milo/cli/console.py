@@ -39,6 +39,11 @@ class _MemoryColumn(ProgressColumn):
         return Text(f"peak {size(peak_memory())}", style="dim")
 
 
+def say(text: str, console: Console = out) -> None:
+    """A line of text as it is: no markup, and no line breaks of ours, which would cut names and paths in a pipe."""
+    console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
 @contextmanager
 def bar(total: float = 1.0, counted: bool = False) -> Iterator[Any]:
     """A progress bar on stderr; yields `update(done, message)`.

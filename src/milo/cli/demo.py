@@ -11,7 +11,7 @@ import typer
 from huggingface_hub.constants import HF_HOME
 from rich.table import Table
 
-from milo.cli.console import bar, err, out
+from milo.cli.console import bar, err, out, say
 from milo.demo.corpus import stdlib_corpus
 from milo.demo.plot import ResultRow, plot_results
 from milo.demo.train import train_demo_model
@@ -35,7 +35,7 @@ def demo(
     begin = time.perf_counter()
     with bar() as update:
         model = train_demo_model(cache, seconds, progress=update)
-    err.print(f"model: {model} ({time.perf_counter() - begin:.0f} s)")
+    say(f"model: {model} ({time.perf_counter() - begin:.0f} s)", err)
     _, text = stdlib_corpus()
     rows = [_measure(model, "original", text, None, 0.0)]
     for recipe in PRESETS:
@@ -44,7 +44,7 @@ def demo(
     plot = output / "demo.png"
     plot_results(rows, plot, title="A small Mixtral trained here, compressed by each recipe")
     out.print(_table(rows))
-    out.print(
+    say(
         f"plot: {plot}\nIn the same way: milo quantize MODEL -o OUT --recipe milo-s1; milo inspect {output}/milo-s2 "
         f"shows what is inside. {time.perf_counter() - begin:.0f} s in all."
     )

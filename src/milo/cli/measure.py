@@ -12,7 +12,7 @@ from rich.table import Table
 
 from milo.checkpoint.compressed import REPORT, CompressedCheckpoint
 from milo.checkpoint.hub import find_model
-from milo.cli.console import bar, out, print_json, size
+from milo.cli.console import bar, out, print_json, say, size
 from milo.cli.options import BEST_DEVICE, DeviceOption, FolderArgument, JsonOption, ModelArgument
 from milo.evaluate.folder import Evaluation, evaluate_folder, load_model, load_tokenizer
 from milo.evaluate.text import load_text
@@ -115,11 +115,11 @@ def inspect(folder: FolderArgument, as_json: JsonOption = False) -> None:
             *error,
         )
     out.print(table)
-    out.print(f"{plan.parameters:,} weights in {plan.nbytes:,} bytes = {plan.bits_per_weight:.4f} bits a weight")
+    say(f"{plan.parameters:,} weights in {plan.nbytes:,} bytes = {plan.bits_per_weight:.4f} bits a weight")
     for matrix in worst:
-        out.print(f"  error {matrix['error']:.4f}  rank {matrix['rank']:<5} {matrix['name']}")
+        say(f"  error {matrix['error']:.4f}  rank {matrix['rank']:<5} {matrix['name']}")
     if not matrices:
-        out.print(f"no {REPORT} here (the folder was saved again), so errors are unknown")
+        say(f"no {REPORT} here (the folder was saved again), so errors are unknown")
 
 
 def generate(
@@ -137,7 +137,7 @@ def generate(
     inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False).to(loaded.device)
     sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
     tokens = cast(Any, loaded).generate(**inputs, max_new_tokens=max_new_tokens, **sampling)
-    out.print(tokenizer.decode(tokens[0], skip_special_tokens=True), markup=False, highlight=False)
+    say(tokenizer.decode(tokens[0], skip_special_tokens=True))
 
 
 def _role_summary(role: str, entry: dict[str, Any], errors: list[float]) -> dict[str, Any]:
