@@ -121,7 +121,8 @@ def test_doctor_names_the_kernel_that_runs() -> None:
         (("plan", "{model}", "--bits", "7"), "bits = 7"),
         (("plan", "{model}", "--counts", "nowhere.json"), "nowhere.json"),
         (("inspect", "{model}"), "not compressed with MiLo"),
-        (("quantize", "{model}", "-o", "{model}"), "not empty"),
+        (("quantize", "{model}", "-o", "{model}"), "the source itself"),
+        (("quantize", "{model}", "-o", "{model}/.."), "not empty"),
         (("eval", "{model}", "--text", "nowhere.txt"), "nowhere.txt"),
     ],
 )

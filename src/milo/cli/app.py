@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import warnings
+from types import FrameType
 
 import typer
 from transformers.utils import logging as transformers_logging
@@ -38,18 +40,23 @@ def main() -> None:
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()  # ours are shown instead
     warnings.filterwarnings("ignore", category=FutureWarning)
+    signal.signal(signal.SIGINT, _interrupted)
     try:
         app()
     except MiloError as error:
         err.print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
         sys.exit(1)
-    except KeyboardInterrupt:
-        err.print("interrupted; nothing half-written looks finished, run the same command again")
-        sys.stdout.flush()
-        os._exit(130)  # not sys.exit, which would wait for the pieces that threads are still solving
     except BrokenPipeError:  # `milo plan ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
+
+
+def _interrupted(signum: int, frame: FrameType | None) -> None:
+    """Ctrl-C: leave at once. An exception would first wait for the pieces that threads are still solving."""
+    err.show_cursor(True)
+    err.print("\ninterrupted; nothing half-written looks finished, run the same command again")
+    sys.stdout.flush()
+    os._exit(130)
 
 
 if __name__ == "__main__":
