@@ -85,23 +85,22 @@ class _Params(ctypes.Structure):
 
 
 class _Kernels:
-    def __init__(self, config: Config, bits: int, halves: int, b16: bool, small: bool, device: int) -> None:
-        experts, pairs = (64, 32) if small else (MAX_EXPERTS, MAX_PAIRS)
+    def __init__(self, config: Config, bits: int, halves: int, b16: bool, device: int) -> None:
         macros = {
             "MILO_BF16": int(b16), "MILO_BITS": bits, "MILO_HALVES": halves, "MILO_NT": config.token_tiles,
             "MILO_WARPS": config.warps, "MILO_STAGES": config.stages, "MILO_BLOCKS": config.blocks,
-            "MILO_EXPERTS": experts, "MILO_PAIRS": pairs,
+            "MILO_EXPERTS": MAX_EXPERTS, "MILO_PAIRS": MAX_PAIRS,
         }  # fmt: skip
         module = nvrtc.Module("moe.cu", macros, device)
-        scratch = (config.tokens + config.warps + experts) * 4 + pairs * 2
+        scratch = (config.tokens + config.warps + MAX_EXPERTS) * 4 + MAX_PAIRS * 2
         shared = config.main_bytes(bits, halves) + scratch
         self.factors, self.gate_up, self.down = (module.kernel(n, shared) for n in ("factors", "gate_up", "down"))
         self.blocks = config.blocks * torch.cuda.get_device_properties(device).multi_processor_count
 
 
 @lru_cache(maxsize=None)
-def _kernels(config: Config, bits: int, halves: int, b16: bool, small: bool, device: int) -> _Kernels:
-    return _Kernels(config, bits, halves, b16, small, device)
+def _kernels(config: Config, bits: int, halves: int, b16: bool, device: int) -> _Kernels:
+    return _Kernels(config, bits, halves, b16, device)
 
 
 def supports(device: torch.device, dtype: torch.dtype, experts: int = 1, topk: int = 1) -> tuple[bool, str]:
@@ -164,14 +163,11 @@ class _Call:
         self.topk = 1 if ids is None else ids.shape[1]
         self.pairs = self.tokens * self.topk
         self.config = config or choose(self.tokens, self.pairs, experts)
-        self.small = self.pairs <= 32 and experts <= 64
         a_tile = self.config.tokens
         if ids is None:
             self.items = -(-self.tokens // a_tile)
         else:
             self.items = min(self.pairs, experts) + (self.pairs // a_tile if self.pairs > a_tile else 0)
-            if self.tokens <= a_tile and self.topk <= 1:
-                self.items = min(self.pairs, experts)
         self.routing = _Routing(
             _address(ids), _address(expert_map), int(ids is not None and ids.dtype == torch.int64),
             0 if expert_map is None else expert_map.shape[0], self.pairs, experts,
@@ -231,7 +227,7 @@ class _Call:
 
     def _of(self, weight: PackedMatrix) -> _Kernels:
         b16 = self.x.dtype == torch.bfloat16
-        return _kernels(self.config, weight.bits, weight.halves, b16, self.small, self.x.device.index)
+        return _kernels(self.config, weight.bits, weight.halves, b16, self.x.device.index)
 
     def _params(self, weight: PackedMatrix, x: int, out: int, row_divisor: int, t: int, splits: int) -> _Params:
         row_tiles, k_tiles = weight.codes.shape[1:3]

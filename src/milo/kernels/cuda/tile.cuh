@@ -90,7 +90,7 @@ __device__ __forceinline__ void multiply_tile(u32 at, int lane, int tiles, Accum
   for (int nt = 0; nt < NT; ++nt) {
     if (nt < tiles) {
 #pragma unroll
-      for (int h = 0; h < HALVES; ++h) sums[nt][h][0] = sums[nt][h][1] = sums[nt][h][2] = sums[nt][h][3] = 0;
+      for (int h = 0; h < HALVES; ++h) for (int i = 0; i < 4; ++i) sums[nt][h][i] = 0;
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         x[nt][half] = load_shared(at + CODE_BYTES + META_BYTES + nt * 1024 + half * 512 + lane * 16);
