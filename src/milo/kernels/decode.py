@@ -14,6 +14,7 @@ from milo.kernels.packed_reference import ACTIVATIONS
 
 MAX_EXPERTS = 1024  # local experts; the blocks' routing scratch is sized by it
 MAX_PAIRS = 4096  # (token, choice) pairs a launch; more tokens are done in turns
+_FIXED_TILES = 3  # a block's start and end, in tiles of one warp
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -40,14 +41,45 @@ class Config:
         return max(ring, self.warps * self.tokens * 68 * 4)
 
 
-CONFIGS = (Config(1, 8, 4, 2), Config(2, 8, 3, 2), Config(4, 8, 3, 1))
+CONFIGS = (Config(1, 8, 4, 2), Config(2, 8, 3, 2), Config(3, 12, 3, 1), Config(4, 8, 3, 1))
+_COMBINE_BYTES = 1 << 17  # of partial sums that one block adds up itself; more get a launch of their own
 
 
 def choose(tokens: int, pairs: int, experts: int) -> Config:
     """Tiles wide enough for most experts in one pass over their weights, and no wider."""
     mean = pairs / experts
-    wanted = 1 if tokens <= 8 or mean <= 4 else 2 if tokens <= 16 or mean <= 9 else 4
-    return next(c for c in CONFIGS if c.token_tiles >= wanted)
+    for config in CONFIGS:
+        spread = 2 * mean**0.5  # two standard deviations of a balanced router's counts
+        if tokens <= config.tokens or mean + spread <= config.tokens:
+            return config
+    return CONFIGS[-1]
+
+
+def cut(active: float, row_tiles: int, k_tiles: int, config: Config, slots: int, splits: bool) -> tuple[int, int]:
+    """How a product is spread over warps and blocks.
+
+    Args:
+        active: work items with work in them, expected.
+        row_tiles: of one item.
+        k_tiles: tiles along K.
+        config: of the launch.
+        slots: blocks that run at a time.
+        splits: whether blocks may share a row tile.
+
+    Returns:
+        Warps of a block that share a row tile, and blocks that do: the least waves times work a warp, where a block's
+        fixed cost counts as `_FIXED_TILES`.
+    """
+
+    def cost(choice: tuple[int, int]) -> float:
+        k_warps, parts = choice
+        waves = active * -(-row_tiles * k_warps // config.warps) * parts / slots
+        work = -(-k_tiles // (k_warps * parts)) + _FIXED_TILES + 0.5 * (parts - 1)
+        return max(1.0, (waves + -(-waves // 1)) / 2) * work
+
+    divisors = [w for w in range(1, config.warps + 1) if config.warps % w == 0]
+    choices = [(w, s) for w in divisors for s in (range(1, 9) if splits else (1,)) if s == 1 or w == config.warps]
+    return min(choices, key=cost)
 
 
 class _Routing(ctypes.Structure):
@@ -80,7 +112,7 @@ class _Params(ctypes.Structure):
                                           "to_clear")]
         + [(n, ctypes.c_int) for n in ("clear_count", "tokens", "topk", "items", "in_features", "row_tiles", "rows",
                                        "row_divisor", "splits", "v_row_tiles", "v_blocks", "activation",
-                                       "choice_weight_type")]
+                                       "choice_weight_type", "k_warps", "combine_later")]
     )  # fmt: skip
 
 
@@ -95,6 +127,7 @@ class _Kernels:
         scratch = (config.tokens + config.warps + MAX_EXPERTS) * 4 + MAX_PAIRS * 2
         shared = config.main_bytes(bits, halves) + scratch
         self.factors, self.gate_up, self.down = (module.kernel(n, shared) for n in ("factors", "gate_up", "down"))
+        self.combine = module.kernel("combine", 0)
         self.blocks = config.blocks * torch.cuda.get_device_properties(device).multi_processor_count
 
 
@@ -117,7 +150,7 @@ def supports(device: torch.device, dtype: torch.dtype, experts: int = 1, topk: i
 def linear(
     x: torch.Tensor, weight: PackedMatrix, bias: torch.Tensor | None, config: Config | None = None
 ) -> torch.Tensor:
-    """`x · Ŵᵀ + bias`: `[T, K]` to `[T, N]`. At most two launches (and a memset) for every 4096 tokens."""
+    """`x · Ŵᵀ + bias`: `[T, K]` to `[T, N]`. At most three launches for every `MAX_PAIRS` tokens."""
     out = torch.empty(x.shape[0], weight.out_features, dtype=x.dtype, device=x.device)
     for first in range(0, x.shape[0], MAX_PAIRS):
         rows = slice(first, first + MAX_PAIRS)
@@ -135,7 +168,7 @@ def moe_ffn(
     expert_map: torch.Tensor | None,
     config: Config | None = None,
 ) -> torch.Tensor:
-    """The MoE FFN `[T, H]` to `[T, H]`: three launches, two where no expert of `gate_up` has a compensator."""
+    """The MoE FFN `[T, H]` to `[T, H]`: two to four launches for every `MAX_PAIRS` choices."""
     out = torch.empty(x.shape[0], down.out_features, dtype=x.dtype, device=x.device)
     turn = max(1, MAX_PAIRS // topk_ids.shape[1])
     for first in range(0, x.shape[0], turn):
@@ -168,6 +201,7 @@ class _Call:
             self.items = -(-self.tokens // a_tile)
         else:
             self.items = min(self.pairs, experts) + (self.pairs // a_tile if self.pairs > a_tile else 0)
+        self.active = self.items if ids is None else min(self.items, experts * (1 - (1 - 1 / experts) ** self.pairs))
         self.routing = _Routing(
             _address(ids), _address(expert_map), int(ids is not None and ids.dtype == torch.int64),
             0 if expert_map is None else expert_map.shape[0], self.pairs, experts,
@@ -175,39 +209,39 @@ class _Call:
         self.weights = weights
 
     def moe_ffn(self, gate_up: PackedMatrix, down: PackedMatrix, activation: int) -> None:
-        kernels = self._of(gate_up)
-        hidden = gate_up.out_features
-        row_tiles = -(-down.out_features // TILE)
-        splits = _splits(self.items * row_tiles, down.codes.shape[2], self.config, kernels.blocks)
+        kernels, threads = self._of(gate_up), self.config.threads
+        row_tiles = down.codes.shape[1]
+        k_warps, splits = cut(self.active, row_tiles, down.codes.shape[2], self.config, kernels.blocks, True)
         counters = row_tiles + self.items
-        t_up, t_down = TILE * gate_up.v_row_tiles, TILE * down.v_row_tiles
         workspace = _Workspace(
             self.x.device,
-            h=self.pairs * hidden * 2,
+            h=self.pairs * gate_up.out_features * 2,
             counters=counters * 4,
-            t_up=self.pairs * t_up * 4,
-            t_down=splits * self.pairs * t_down * 4,
+            t_up=self.pairs * TILE * gate_up.v_row_tiles * 4,
+            t_down=splits * self.pairs * TILE * down.v_row_tiles * 4,
             partial=self.pairs * splits * row_tiles * TILE * 4,
         )
         first = self._params(gate_up, self.x.data_ptr(), workspace["h"], self.topk, workspace["t_up"], 1)
         first.to_clear, first.clear_count, first.activation = workspace["counters"], counters, activation
+        shape = gate_up.codes.shape
+        first.k_warps, _ = cut(self.active, shape[1], shape[2], self.config, kernels.blocks, False)
         if gate_up.v_row_tiles:
-            kernels.factors(self.items * gate_up.v_row_tiles, self.config.threads, first)
-        kernels.gate_up(self.items * first.row_tiles, self.config.threads, first, early=gate_up.v_row_tiles > 0)
+            kernels.factors(self.items * gate_up.v_row_tiles, threads, first)
+        kernels.gate_up(self.items * self._groups(first), threads, first, early=gate_up.v_row_tiles > 0)
 
         kernels = self._of(down)
         last = self._params(down, workspace["h"], self.out.data_ptr(), 1, workspace["t_down"], splits)
-        last.partial, last.arrivals = workspace["partial"], workspace["counters"]
+        last.partial, last.arrivals, last.k_warps = workspace["partial"], workspace["counters"], k_warps
         last.v_done = workspace["counters"] + 4 * row_tiles
         last.v_blocks = self.items * down.v_row_tiles * splits
         last.choice_weights, last.choice_weight_type = _address(self.weights), _DTYPES.index(self.weights.dtype)
-        kernels.down(last.v_blocks + self.items * row_tiles * splits, self.config.threads, last, early=True)
+        self._down(kernels, last, early=True)
 
     def linear(self, weight: PackedMatrix, bias: torch.Tensor | None) -> None:
         kernels = self._of(weight)
         row_tiles, k_tiles = weight.codes.shape[1:3]
-        splits = _splits(self.items * row_tiles, k_tiles, self.config, kernels.blocks)
-        t_splits = _splits(self.items * max(weight.v_row_tiles, 1), k_tiles, self.config, kernels.blocks)
+        k_warps, splits = cut(self.active, row_tiles, k_tiles, self.config, kernels.blocks, True)
+        t_splits = max(1, min(8, k_tiles // (2 * self.config.warps)))
         workspace = _Workspace(
             self.x.device,
             counters=row_tiles * 4,
@@ -215,15 +249,27 @@ class _Call:
             partial=self.pairs * splits * row_tiles * TILE * 4,
         )
         params = self._params(weight, self.x.data_ptr(), self.out.data_ptr(), 1, workspace["t"], splits)
-        params.compensator.t_splits = t_splits
+        params.compensator.t_splits, params.k_warps = t_splits, k_warps
         params.partial, params.arrivals, params.bias = workspace["partial"], workspace["counters"], _address(bias)
         if weight.v_row_tiles:
             params.to_clear, params.clear_count = workspace["counters"], row_tiles
             kernels.factors(self.items * weight.v_row_tiles * t_splits, self.config.threads, params)
         else:
             workspace.clear("counters", row_tiles * 4)
-        launch = self.items * row_tiles * splits
-        kernels.down(launch, self.config.threads, params, early=weight.v_row_tiles > 0)
+        self._down(kernels, params, early=weight.v_row_tiles > 0)
+
+    def _down(self, kernels: _Kernels, params: _Params, early: bool) -> None:
+        groups, threads = self._groups(params), self.config.threads
+        a_block = self.pairs * params.splits * TILE * 4 * (self.config.warps // params.k_warps)
+        params.combine_later = a_block > _COMBINE_BYTES
+        kernels.down(params.v_blocks + self.items * groups * params.splits, threads, params, early=early)
+        if params.combine_later:
+            turns = -(-self.tokens // (threads // 16))
+            kernels.combine(params.row_tiles * turns, threads, params, early=True)
+
+    def _groups(self, params: _Params) -> int:
+        """Blocks that the row tiles of one item take."""
+        return -(-params.row_tiles // (self.config.warps // params.k_warps))
 
     def _of(self, weight: PackedMatrix) -> _Kernels:
         b16 = self.x.dtype == torch.bfloat16
@@ -264,16 +310,6 @@ class _Workspace:
 
     def clear(self, name: str, size: int) -> None:
         self._memory[self._offsets[name] : self._offsets[name] + size].zero_()
-
-
-def _splits(blocks: int, k_tiles: int, config: Config, slots: int) -> int:
-    """Into how many parts K is cut over blocks: the fewest waves of work, a block's fixed cost counted as 4 tiles."""
-
-    def cost(splits: int) -> float:
-        waves = -(-blocks * splits // slots)
-        return waves * (-(-k_tiles // (config.warps * splits)) + 4)
-
-    return min(range(1, 9), key=lambda splits: (cost(splits), splits))
 
 
 def _address(tensor: torch.Tensor | None) -> int | None:

@@ -1,9 +1,10 @@
-// A whole MoE FFN for few tokens an expert, in three launches; also a plain linear (one expert, one choice).
+// A whole MoE FFN for few tokens an expert, in three or four launches; also a plain linear (one expert, one choice).
 //
 //   factors:  t = V x of the first projection's compensators (skipped where no expert has one)
 //   gate_up:  h = act(W_gate x + U_gate t) * (W_up x + U_up t)
-//   down:     first blocks: t2 = V2 h; the others: W_down h + U2 t2 -> partial sums; the last block of a row tile adds
-//             them over choices and splits in a fixed order, times the router's weights. No float atomics anywhere.
+//   down:     first blocks: t2 = V2 h; the others: W_down h + U2 t2 -> partial sums; the last block of some row tiles
+//             adds them over choices and splits in a fixed order, times the router's weights. No float atomics.
+//   combine:  that sum on its own, where it is too much for one block.
 //
 // Compensators: V's rows (64 padded) are ordinary 3-bit row tiles of the layout in tile.cuh; gate and up each take
 // `16 * steps` of them. U is read in steps of 16 ranks, [row tile][step][3][32 lanes] words, 12 bytes a lane, and its
@@ -38,6 +39,8 @@ struct Params {
   int v_row_tiles;       // the most of any expert
   int v_blocks;          // down: leading blocks that compute V x in this launch
   int activation, choice_weight_type;
+  int k_warps;           // warps of a block that share a row tile; the others take the next ones
+  int combine_later;     // down: the sum is another launch
 };
 
 extern __shared__ __align__(16) char shared[];
@@ -74,7 +77,7 @@ __device__ bool factor_tile(const Params& p, int tile, int item, int split, Read
   int4 entry = p.compensator.table[work.expert];
   if (tile >= entry.y) return false;
   Accumulators total = {};
-  multiply(p.v, entry.x + tile, split, p.compensator.t_splits, p.x, p.in_features, p.row_divisor, scratch().list,
+  multiply(p.v, entry.x + tile, split * WARPS + threadIdx.x / WARP, p.compensator.t_splits * WARPS, p.x, p.in_features, p.row_divisor, scratch().list,
            work.count, shared, total, ready);
   __syncthreads();
   float* partial = reinterpret_cast<float*>(shared);
@@ -83,22 +86,41 @@ __device__ bool factor_tile(const Params& p, int tile, int item, int split, Read
   for (int i = threadIdx.x; i < 64 * work.count; i += THREADS) {
     int token = i / 64, row = i % 64;
     long long pair = split * static_cast<long long>(p.routing.pairs) + scratch().list[token];
-    p.compensator.t[pair * p.compensator.t_stride + tile * 64 + row] = gather(partial, token, row);
+    p.compensator.t[pair * p.compensator.t_stride + tile * 64 + row] = gather(partial, 0, WARPS, token, row);
   }
   return true;
 }
 
-// total += U t for this warp's share of the ranks. PARTS = 2: rows 0-31 use gate's t and rows 32-63 up's.
+// One step of U: its codes, and the scales that this lane's ranks take.
 template <int PARTS>
-__device__ void add_factors(const Params& p, int4 entry, int row_tile, int count, Accumulators& total) {
-  const Compensator& c = p.compensator;
-  const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, steps = entry.w;
-  for (int step = warp; step < steps; step += WARPS) {
-    long long at = entry.z + static_cast<long long>(row_tile) * steps + step;
-    u32 words[3], pairs[16];
+struct Step {
+  u32 words[3], scales[PARTS][2];
+
+  __device__ __forceinline__ void load(const Compensator& c, long long at) {
+    const int lane = threadIdx.x % WARP;
 #pragma unroll
-    for (int j = 0; j < 3; ++j) words[j] = c.u_codes[(at * 3 + j) * WARP + lane];
-    decode<true, 3, 4>(words, pairs);
+    for (int j = 0; j < 3; ++j) words[j] = __ldg(c.u_codes + (at * 3 + j) * WARP + lane);
+#pragma unroll
+    for (int part = 0; part < PARTS; ++part) {
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        scales[part][i] = __ldg(reinterpret_cast<const u32*>(c.u_scales + (at * PARTS + part) * 16 + 8 * i + lane % 4 * 2));
+      }
+    }
+  }
+};
+
+// total += U t for this warp's share of the ranks. PARTS = 2: rows 0-31 use gate's t and rows 32-63 up's.
+// The first step comes with the call: it was requested before the weights.
+template <int PARTS>
+__device__ __forceinline__ void add_factors(const Params& p, int4 entry, int row_tile, Step<PARTS>& u, int count,
+                                            Accumulators& total) {
+  const Compensator& c = p.compensator;
+  const int lane = threadIdx.x % WARP, first = threadIdx.x / WARP % p.k_warps, steps = entry.w;
+  for (int step = first; step < steps; step += p.k_warps) {
+    if (step != first) u.load(c, entry.z + static_cast<long long>(row_tile) * steps + step);
+    u32 pairs[16];
+    decode<true, 3, 4>(u.words, pairs);
 #pragma unroll
     for (int nt = 0; nt < NT; ++nt) {
       if (nt * 8 < count) {
@@ -109,17 +131,16 @@ __device__ void add_factors(const Params& p, int4 entry, int row_tile, int count
           if (n < count) {
 #pragma unroll
             for (int i = 0; i < 2; ++i) {
-              const int k = 8 * i + lane % 4 * 2;
+              const int k = (part * steps + step) * 16 + 8 * i + lane % 4 * 2;
               float a = 0, b = 0;
               for (int s = 0; s < c.t_splits; ++s) {
                 long long row = s * static_cast<long long>(p.routing.pairs) + scratch().list[n];
-                float2 t = __ldcg(reinterpret_cast<const float2*>(c.t + row * c.t_stride + (part * steps + step) * 16 + k));
+                float2 t = __ldcg(reinterpret_cast<const float2*>(c.t + row * c.t_stride + k));
                 a += t.x;
                 b += t.y;
               }
-              u32 scales = *reinterpret_cast<const u32*>(c.u_scales + (at * PARTS + part) * 16 + k);
-              a *= from_fp16(static_cast<u16>(scales));
-              b *= from_fp16(static_cast<u16>(scales >> 16));
+              a *= from_fp16(static_cast<u16>(u.scales[part][i]));
+              b *= from_fp16(static_cast<u16>(u.scales[part][i] >> 16));
               high[i] = pair_bf16(a, b);
               low[i] = pair_bf16(a - from_bf16(static_cast<u16>(high[i])), b - from_bf16(static_cast<u16>(high[i] >> 16)));
             }
@@ -155,37 +176,68 @@ extern "C" __global__ void __launch_bounds__(THREADS) factors(const __grid_const
   factor_tile(p, rest / p.compensator.t_splits, blockIdx.x / per_item, rest % p.compensator.t_splits, [] {});
 }
 
+// Which row tile and which part of K this warp works on. A block takes WARPS / k_warps row tiles; beyond the matrix
+// the last one is computed again and not written.
+struct Place {
+  int first_row_tile, row_tiles, row_tile, share;
+
+  __device__ Place(const Params& p, int block) {
+    const int warp = threadIdx.x / WARP, group = WARPS / p.k_warps;
+    first_row_tile = block * group;
+    row_tiles = min(group, p.row_tiles - first_row_tile);
+    row_tile = min(first_row_tile + warp / p.k_warps, p.row_tiles - 1);
+    share = warp % p.k_warps;
+  }
+};
+
+template <int PARTS>
+__device__ __forceinline__ int4 first_step(const Params& p, int expert, const Place& place, Step<PARTS>& u) {
+  int4 entry = {0, 0, 0, 0};
+  if (p.v_row_tiles) {
+    entry = __ldg(p.compensator.table + expert);
+    if (place.share < entry.w) {
+      u.load(p.compensator, entry.z + static_cast<long long>(place.row_tile) * entry.w + place.share);
+    }
+  }
+  return entry;
+}
+
 extern "C" __global__ void __launch_bounds__(THREADS, MILO_BLOCKS) gate_up(const __grid_constant__ Params p) {
   launch_dependents();
-  const int row_tile = blockIdx.x % p.row_tiles;
-  Item work = item_of(p, blockIdx.x / p.row_tiles);
+  const int groups = (p.row_tiles + WARPS / p.k_warps - 1) / (WARPS / p.k_warps);
+  const Place place(p, blockIdx.x % groups);
+  Item work = item_of(p, blockIdx.x / groups);
   if (work.expert < 0) {
     wait_for_primary();
     clear_counters(p);
     return;
   }
   Accumulators total = {};
-  multiply(p.weights, static_cast<long long>(work.expert) * p.row_tiles + row_tile, 0, 1, p.x, p.in_features,
-           p.row_divisor, scratch().list, work.count, shared, total, [] {});
+  Step<2> u;
+  const int4 entry = first_step(p, work.expert, place, u);
+  multiply(p.weights, static_cast<long long>(work.expert) * p.row_tiles + place.row_tile, place.share, p.k_warps, p.x,
+           p.in_features, p.row_divisor, scratch().list, work.count, shared, total, [] {});
   wait_for_primary();
   clear_counters(p);
-  if (p.v_row_tiles) add_factors<2>(p, p.compensator.table[work.expert], row_tile, work.count, total);
+  add_factors<2>(p, entry, place.row_tile, u, work.count, total);
   __syncthreads();
   float* partial = reinterpret_cast<float*>(shared);
   spread(total, partial);
   __syncthreads();
-  for (int i = threadIdx.x; i < 32 * work.count; i += THREADS) {
-    int token = i / 32, row = i % 32;
-    float h = activate(p.activation, gather(partial, token, row)) * gather(partial, token, row + 32);
-    long long pair = scratch().list[token];
-    static_cast<u16*>(p.out)[pair * p.rows + row_tile * 32 + row] = round_to_16<B16>(h);
+  const int width = 32 * place.row_tiles;
+  for (int i = threadIdx.x; i < width * work.count; i += THREADS) {
+    const int token = i / width, column = i % width, warp = column / 32 * p.k_warps, row = column % 32;
+    const float gate = gather(partial, warp, p.k_warps, token, row);
+    const float h = activate(p.activation, gate) * gather(partial, warp, p.k_warps, token, row + 32);
+    const long long pair = scratch().list[token];
+    static_cast<u16*>(p.out)[pair * p.rows + place.first_row_tile * 32 + column] = round_to_16<B16>(h);
   }
 }
 
-// The sum over choices and splits for 64 rows of every token.
-__device__ void combine(const Params& p, int row_tile) {
+// The sum over choices and splits for 64 rows and the tokens from `first` to `last`.
+__device__ void combine_rows(const Params& p, int row_tile, int first, int last) {
   const int column = row_tile * 64 + threadIdx.x % 16 * 4, pitch = p.row_tiles * 64;
-  for (int token = threadIdx.x / 16; token < p.tokens; token += THREADS / 16) {
+  for (int token = first + threadIdx.x / 16; token < last; token += THREADS / 16) {
     float sum[4] = {};
     for (int c = 0; c < p.topk; ++c) {
       int pair = token * p.topk + c;
@@ -209,6 +261,12 @@ __device__ void combine(const Params& p, int row_tile) {
   }
 }
 
+extern "C" __global__ void __launch_bounds__(THREADS) combine(const __grid_constant__ Params p) {
+  wait_for_primary();
+  const int first = blockIdx.x / p.row_tiles * (THREADS / 16);
+  combine_rows(p, blockIdx.x % p.row_tiles, first, min(p.tokens, first + THREADS / 16));
+}
+
 extern "C" __global__ void __launch_bounds__(THREADS, MILO_BLOCKS) down(const __grid_constant__ Params p) {
   launch_dependents();
   if (blockIdx.x < p.v_blocks) {
@@ -225,37 +283,43 @@ extern "C" __global__ void __launch_bounds__(THREADS, MILO_BLOCKS) down(const __
     return;
   }
   const int block = blockIdx.x - p.v_blocks, item = block % p.items, rest = block / p.items;
-  const int row_tile = rest / p.splits, split = rest % p.splits;
+  const int group = rest / p.splits, split = rest % p.splits;
+  const Place place(p, group);
   Item work = item_of(p, item);
   if (work.expert < 0) {
     wait_for_primary();
   } else {
     Accumulators total = {};
-    multiply(p.weights, static_cast<long long>(work.expert) * p.row_tiles + row_tile, split, p.splits, p.x,
-             p.in_features, p.row_divisor, scratch().list, work.count, shared, total, [] { wait_for_primary(); });
-    if (p.v_row_tiles && split == p.splits - 1) {
-      int4 entry = p.compensator.table[work.expert];
-      if (p.v_blocks && entry.y) {
-        while (load_acquire(p.v_done + item) < entry.y * p.compensator.t_splits) __nanosleep(64);
+    Step<1> u;
+    const int4 entry = first_step(p, work.expert, place, u);
+    multiply(p.weights, static_cast<long long>(work.expert) * p.row_tiles + place.row_tile,
+             split * p.k_warps + place.share, p.splits * p.k_warps, p.x, p.in_features, p.row_divisor, scratch().list,
+             work.count, shared, total, [] { wait_for_primary(); });
+    if (entry.y && split == p.splits - 1) {
+      if (p.v_blocks) {
+        while (load_acquire(p.v_done + item) < entry.y * p.compensator.t_splits) __nanosleep(32);
       }
-      add_factors<1>(p, entry, row_tile, work.count, total);
+      add_factors<1>(p, entry, place.row_tile, u, work.count, total);
     }
     __syncthreads();
     float* partial = reinterpret_cast<float*>(shared);
     spread(total, partial);
     __syncthreads();
-    for (int i = threadIdx.x; i < 64 * work.count; i += THREADS) {
-      int token = i / 64, row = i % 64;
-      long long at = static_cast<long long>(scratch().list[token]) * p.splits + split;
-      __stcg(p.partial + at * (p.row_tiles * 64) + row_tile * 64 + row, gather(partial, token, row));
+    const int width = 64 * place.row_tiles;
+    for (int i = threadIdx.x; i < width * work.count; i += THREADS) {
+      const int token = i / width, column = i % width;
+      const long long at = static_cast<long long>(scratch().list[token]) * p.splits + split;
+      __stcg(p.partial + at * (p.row_tiles * 64) + place.first_row_tile * 64 + column,
+             gather(partial, column / 64 * p.k_warps, p.k_warps, token, column % 64));
     }
   }
+  if (p.combine_later) return;
   __threadfence();
   __syncthreads();
-  if (threadIdx.x == 0) scratch().sums[0] = atomicAdd(p.arrivals + row_tile, 1) == p.items * p.splits - 1;
+  if (threadIdx.x == 0) scratch().sums[0] = atomicAdd(p.arrivals + group, 1) == p.items * p.splits - 1;
   __syncthreads();
   if (scratch().sums[0]) {
     __threadfence();
-    combine(p, row_tile);
+    for (int i = 0; i < place.row_tiles; ++i) combine_rows(p, place.first_row_tile + i, 0, p.tokens);
   }
 }

@@ -27,6 +27,9 @@ constexpr int NT = MILO_NT;             // n8 tiles of tokens
 constexpr int WARPS = MILO_WARPS;
 constexpr int STAGES = MILO_STAGES;
 
+// From 3 token tiles on, it is cheaper to scale the 16 weight pairs of a lane (and round them to 16 bits, as every
+// dequantising kernel does) than its 4 * NT accumulators.
+constexpr bool SCALE_WEIGHTS = NT >= 3;
 constexpr int TOKENS = 8 * NT;
 constexpr int THREADS = WARPS * WARP;
 constexpr int CODE_BYTES = BITS * 512, META_BYTES = 256 * HALVES, X_BYTES = 1024 * NT;
@@ -71,6 +74,20 @@ __device__ __forceinline__ u32 component(const uint4& v, int i) {
   return i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w;
 }
 
+// (scale, scale) and (-scale * zero, -scale * zero) of a row from its fp16 (scale, zero).
+template <bool B16_>
+__device__ __forceinline__ void scale_and_shift(u32 both, u32& scale, u32& shift) {
+  const float s = from_fp16(static_cast<u16>(both)), z = from_fp16(static_cast<u16>(both >> 16));
+  if constexpr (B16_) {
+    scale = pair_bf16(s, s);
+    const float rounded = from_bf16(static_cast<u16>(scale));  // the zero of the scale that is used
+    shift = pair_bf16(-rounded * z, -rounded * z);
+  } else {
+    scale = __byte_perm(both, 0, 0x1010);
+    shift = twice(round_to_16<false>(-s * z));
+  }
+}
+
 // Multiply the tile in ring slot `at` into `total`.
 __device__ __forceinline__ void multiply_tile(u32 at, int lane, int tiles, Accumulators& total) {
   uint4 words[BITS];
@@ -83,6 +100,45 @@ __device__ __forceinline__ void multiply_tile(u32 at, int lane, int tiles, Accum
     for (int i = 0; i < 2; ++i) meta[h][i] = load_shared(at + CODE_BYTES + h * 256 + lane / 4 * 32 + i * 16);
   }
   uint4 x[NT][2];
+  if constexpr (SCALE_WEIGHTS) {
+#pragma unroll
+    for (int nt = 0; nt < NT; ++nt) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        x[nt][half] = load_shared(at + CODE_BYTES + META_BYTES + nt * 1024 + half * 512 + lane * 16);
+      }
+    }
+#pragma unroll
+    for (int mt = 0; mt < 4; ++mt) {
+      u32 mine[BITS], pairs[16];
+#pragma unroll
+      for (int j = 0; j < BITS; ++j) mine[j] = component(words[j], mt);
+      decode<B16, BITS, 0>(mine, pairs);
+#pragma unroll
+      for (int h = 0; h < HALVES; ++h) {
+#pragma unroll
+        for (int row = 0; row < 2; ++row) {
+          u32 scale, shift;
+          scale_and_shift<B16>(component(meta[h][mt / 2], mt % 2 * 2 + row), scale, shift);
+#pragma unroll
+          for (int i = h * 8 + row; i < (HALVES == 2 ? h * 8 + 8 : 16); i += 2) {
+            pairs[i] = fma2<B16>(pairs[i], scale, shift);
+          }
+        }
+      }
+#pragma unroll
+      for (int nt = 0; nt < NT; ++nt) {
+        if (nt < tiles) {
+#pragma unroll
+          for (int half = 0; half < 2; ++half) {
+            mma<B16>(total[mt][nt], pairs + half * 8, x[nt][half].x, x[nt][half].y);
+            mma<B16>(total[mt][nt], pairs + half * 8 + 4, x[nt][half].z, x[nt][half].w);
+          }
+        }
+      }
+    }
+    return;
+  }
   float sums[NT][HALVES][4];
   constexpr u32 one = B16 ? 0x3f803f80u : 0x3c003c00u;
   constexpr u32 ones[4] = {one, one, one, one};
@@ -129,14 +185,13 @@ __device__ __forceinline__ void multiply_tile(u32 at, int lane, int tiles, Accum
   }
 }
 
-// Sum over this warp's share of K. `ready` runs after the weights of the first stages were requested and before any
+// Sum over one of `shares` parts of K for one row tile (both this warp's own). `ready` runs after the weights of the first stages were requested and before any
 // activation is read.
 template <class Ready>
-__device__ __forceinline__ void multiply(const Matrix& m, long long row_tile, int split, int splits, const u16* x,
+__device__ __forceinline__ void multiply(const Matrix& m, long long row_tile, int share, int shares, const u16* x,
                                          int in_features, int row_divisor, const int* list, int count, char* ring,
                                          Accumulators& total, Ready ready) {
   const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
-  const int share = split * WARPS + warp, shares = splits * WARPS;
   const int first = m.ktiles * share / shares, last = m.ktiles * (share + 1) / shares;
   Loader load;
   load.lane = lane;
@@ -178,8 +233,7 @@ __device__ __forceinline__ void multiply(const Matrix& m, long long row_tile, in
   copy_wait<0>();
 }
 
-// Spread the accumulators over shared memory, then `use(row, token, sum)` for the block's 64 x count results; with
-// `paired`, rows are 32 and `use` gets the sums of rows r and r + 32.
+// Spread this warp's accumulators over shared memory, and add up what `warps` of them from `first` on left there.
 __device__ __forceinline__ void spread(const Accumulators& total, float* partial) {
   const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
   float* mine = partial + warp * TOKENS * PITCH;
@@ -195,9 +249,8 @@ __device__ __forceinline__ void spread(const Accumulators& total, float* partial
   }
 }
 
-__device__ __forceinline__ float gather(const float* partial, int token, int row) {
+__device__ __forceinline__ float gather(const float* partial, int first, int warps, int token, int row) {
   float sum = 0;
-#pragma unroll
-  for (int w = 0; w < WARPS; ++w) sum += partial[(w * TOKENS + token) * PITCH + row];
+  for (int w = first; w < first + warps; ++w) sum += partial[(w * TOKENS + token) * PITCH + row];
   return sum;
 }
