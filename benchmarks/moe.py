@@ -142,7 +142,7 @@ def main() -> None:
     rows = []
     print(f"{torch.cuda.get_device_name()}, read {bandwidth / 1e6:.2f} TB/s; microseconds")
     for name in options.shapes:
-        hidden, inner, experts, topk = SHAPES[name]
+        hidden, _, experts, topk = SHAPES[name]
         ids = {t: [route(t, experts, topk) for _ in range(8)] for t in options.tokens}
         timed: dict[tuple[int, int], float] = {}
         limits: dict[tuple[int, int], float] = {}

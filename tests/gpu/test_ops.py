@@ -1,16 +1,16 @@
 """The CUDA operators against float64, on fresh random matrices at ragged sizes.
 
-Bounds, relative to the reference: over the whole, for every row (token) and every column (out-feature) by norm, and
-for the worst element, |Δ| over the root mean square of the reference.
+Bounds, relative to the reference: over the whole; for every row (token) and column (out-feature) of at least 16, twice
+that; for the worst element, |Δ| over the largest magnitude of the reference.
 """
 
 from __future__ import annotations
 
 import pytest
 import torch
-from matrices import random_matrix
 from torch.nn import functional as F
 
+from matrices import random_matrix
 from milo import ops
 from milo.format.matrix import Encoding
 from milo.kernels import decode, reference
@@ -31,6 +31,8 @@ def check(y: torch.Tensor, expected: torch.Tensor) -> None:
     delta, size = y - expected, expected.norm() / expected.numel() ** 0.5
     assert delta.norm() <= bound * expected.norm()
     for dim in (0, 1):
+        if expected.shape[dim] < 16:
+            continue  # a norm over so few is judged as single elements are
         typical = size * expected.shape[dim] ** 0.5
         assert (delta.norm(dim=dim) <= 2 * bound * expected.norm(dim=dim).clamp(min=typical)).all()
     assert delta.abs().max() <= WORST * bound * expected.abs().max().clamp(min=size)
@@ -133,7 +135,8 @@ def test_moe_one_expert_takes_all_and_ids_may_repeat(block: Block) -> None:
     weights = torch.rand(50, 2, device="cuda")
     check(ops.moe_ffn(x, block.gate_up, block.down, ids, weights), block.expected(x, ids, weights))
     few = slice(0, 9)
-    check(ops.moe_ffn(x[few], block.gate_up, block.down, ids[few], weights[few]), block.expected(x[few], ids[few], weights[few]))
+    y = ops.moe_ffn(x[few], block.gate_up, block.down, ids[few], weights[few])
+    check(y, block.expected(x[few], ids[few], weights[few]))
 
 
 @pytest.mark.parametrize("tokens", [2, 40])

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from matrices import random_matrix
 
+from matrices import random_matrix
 from milo.format.matrix import Encoding
 from milo.kernels import layout, packed_reference, reference
 

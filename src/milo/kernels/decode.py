@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import ctypes
-from dataclasses import dataclass
-from functools import lru_cache
+import math
+from dataclasses import dataclass, replace
+from functools import cache
 
 import torch
 
@@ -12,9 +13,9 @@ from milo.kernels import nvrtc
 from milo.kernels.layout import TILE, PackedMatrix
 from milo.kernels.packed_reference import ACTIVATIONS
 
-MAX_EXPERTS = 1024  # local experts; the blocks' routing scratch is sized by it
-MAX_PAIRS = 4096  # (token, choice) pairs a launch; more tokens are done in turns
-_FIXED_TILES = 3  # a block's start and end, in tiles of one warp
+MAX_EXPERTS = 1024  # local experts; the blocks' routing scratch is sized by these
+MAX_PAIRS = 1024  # (token, choice) pairs a launch; more tokens are done in turns
+_FIXED_TILES = 1.5  # the end of a unit of work, in tiles of one warp
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -35,13 +36,15 @@ class Config:
     def threads(self) -> int:
         return 32 * self.warps
 
-    def main_bytes(self, bits: int, halves: int) -> int:
-        """Shared memory of the rings, which the reduction over warps reuses."""
+    def shared_bytes(self, bits: int, halves: int) -> int:
+        """Shared memory of a block: the warps' rings, the reduction, the routing table."""
         ring = self.warps * self.stages * (bits * 512 + halves * 256 + self.token_tiles * 1024)
-        return max(ring, self.warps * self.tokens * 68 * 4)
+        items = MAX_PAIRS + MAX_PAIRS // self.tokens
+        return ring + self.warps * self.tokens * 68 * 4 + 2 * MAX_PAIRS + 4 * items + 8
 
 
-CONFIGS = (Config(1, 8, 4, 2), Config(2, 8, 3, 2), Config(3, 12, 3, 1), Config(4, 8, 3, 1))
+CONFIGS = (Config(1, 8, 4, 2), Config(2, 8, 2, 2), Config(3, 8, 4, 1), Config(4, 8, 3, 1))
+_MAX_T_SPLITS = 4  # parts of K in which V x is computed
 _COMBINE_BYTES = 1 << 17  # of partial sums that one block adds up itself; more get a launch of their own
 
 
@@ -67,15 +70,15 @@ def cut(active: float, row_tiles: int, k_tiles: int, config: Config, slots: int,
         splits: whether blocks may share a row tile.
 
     Returns:
-        Warps of a block that share a row tile, and blocks that do: the least waves times work a warp, where a block's
-        fixed cost counts as `_FIXED_TILES`.
+        Warps of a block that share a row tile, and units that do: the least rounds of units times work a warp, where
+        a unit's fixed cost counts as `_FIXED_TILES`.
     """
 
     def cost(choice: tuple[int, int]) -> float:
         k_warps, parts = choice
-        waves = active * -(-row_tiles * k_warps // config.warps) * parts / slots
+        units = active * -(-row_tiles * k_warps // config.warps) * parts
         work = -(-k_tiles // (k_warps * parts)) + _FIXED_TILES + 0.5 * (parts - 1)
-        return max(1.0, (waves + -(-waves // 1)) / 2) * work
+        return max(units / slots, math.ceil(units / slots - 0.1)) * work
 
     divisors = [w for w in range(1, config.warps + 1) if config.warps % w == 0]
     choices = [(w, s) for w in divisors for s in (range(1, 9) if splits else (1,)) if s == 1 or w == config.warps]
@@ -110,28 +113,30 @@ class _Params(ctypes.Structure):
         [("routing", _Routing), ("weights", _Matrix), ("v", _Matrix), ("compensator", _Compensator)]
         + [(n, ctypes.c_void_p) for n in ("x", "out", "partial", "choice_weights", "bias", "arrivals", "v_done",
                                           "to_clear")]
-        + [(n, ctypes.c_int) for n in ("clear_count", "tokens", "topk", "items", "in_features", "row_tiles", "rows",
-                                       "row_divisor", "splits", "v_row_tiles", "v_blocks", "activation",
+        + [(n, ctypes.c_int) for n in ("clear_count", "tokens", "topk", "in_features", "row_tiles", "rows",
+                                       "row_divisor", "splits", "v_row_tiles", "activation",
                                        "choice_weight_type", "k_warps", "combine_later")]
     )  # fmt: skip
 
 
 class _Kernels:
     def __init__(self, config: Config, bits: int, halves: int, b16: bool, device: int) -> None:
+        half_sm = 113 << 10
+        while config.blocks == 2 and config.shared_bytes(bits, halves) > half_sm and config.stages > 2:
+            config = replace(config, stages=config.stages - 1)
         macros = {
             "MILO_BF16": int(b16), "MILO_BITS": bits, "MILO_HALVES": halves, "MILO_NT": config.token_tiles,
             "MILO_WARPS": config.warps, "MILO_STAGES": config.stages, "MILO_BLOCKS": config.blocks,
             "MILO_EXPERTS": MAX_EXPERTS, "MILO_PAIRS": MAX_PAIRS,
         }  # fmt: skip
         module = nvrtc.Module("moe.cu", macros, device)
-        scratch = (config.tokens + config.warps + MAX_EXPERTS) * 4 + MAX_PAIRS * 2
-        shared = config.main_bytes(bits, halves) + scratch
-        self.factors, self.gate_up, self.down = (module.kernel(n, shared) for n in ("factors", "gate_up", "down"))
-        self.combine = module.kernel("combine", 0)
+        shared = config.shared_bytes(bits, halves)
+        self.gate_up, self.down = module.kernel("gate_up", shared), module.kernel("down", shared)
+        self.clear, self.combine = module.kernel("clear", 0), module.kernel("combine", 0)
         self.blocks = config.blocks * torch.cuda.get_device_properties(device).multi_processor_count
 
 
-@lru_cache(maxsize=None)
+@cache
 def _kernels(config: Config, bits: int, halves: int, b16: bool, device: int) -> _Kernels:
     return _Kernels(config, bits, halves, b16, device)
 
@@ -212,28 +217,25 @@ class _Call:
         kernels, threads = self._of(gate_up), self.config.threads
         row_tiles = down.codes.shape[1]
         k_warps, splits = cut(self.active, row_tiles, down.codes.shape[2], self.config, kernels.blocks, True)
-        counters = row_tiles + self.items
+        counters = row_tiles + 2 * self.items  # arrivals at row tiles; finished V of the first and the second matrix
         workspace = _Workspace(
             self.x.device,
             h=self.pairs * gate_up.out_features * 2,
             counters=counters * 4,
-            t_up=self.pairs * TILE * gate_up.v_row_tiles * 4,
-            t_down=splits * self.pairs * TILE * down.v_row_tiles * 4,
+            t_up=_MAX_T_SPLITS * self.pairs * TILE * gate_up.v_row_tiles * 4,
+            t_down=_MAX_T_SPLITS * self.pairs * TILE * down.v_row_tiles * 4,
             partial=self.pairs * splits * row_tiles * TILE * 4,
         )
         first = self._params(gate_up, self.x.data_ptr(), workspace["h"], self.topk, workspace["t_up"], 1)
-        first.to_clear, first.clear_count, first.activation = workspace["counters"], counters, activation
-        shape = gate_up.codes.shape
-        first.k_warps, _ = cut(self.active, shape[1], shape[2], self.config, kernels.blocks, False)
-        if gate_up.v_row_tiles:
-            kernels.factors(self.items * gate_up.v_row_tiles, threads, first)
-        kernels.gate_up(self.items * self._groups(first), threads, first, early=gate_up.v_row_tiles > 0)
+        first.activation = activation
+        first.k_warps, _ = cut(self.active, *gate_up.codes.shape[1:3], self.config, kernels.blocks, False)
+        self._clear(kernels, first, workspace["counters"], counters)
+        kernels.gate_up(self._blocks(kernels, first), threads, first, early=gate_up.v_row_tiles > 0)
 
         kernels = self._of(down)
         last = self._params(down, workspace["h"], self.out.data_ptr(), 1, workspace["t_down"], splits)
         last.partial, last.arrivals, last.k_warps = workspace["partial"], workspace["counters"], k_warps
-        last.v_done = workspace["counters"] + 4 * row_tiles
-        last.v_blocks = self.items * down.v_row_tiles * splits
+        last.v_done = workspace["counters"] + 4 * (row_tiles + self.items)
         last.choice_weights, last.choice_weight_type = _address(self.weights), _DTYPES.index(self.weights.dtype)
         self._down(kernels, last, early=True)
 
@@ -241,35 +243,42 @@ class _Call:
         kernels = self._of(weight)
         row_tiles, k_tiles = weight.codes.shape[1:3]
         k_warps, splits = cut(self.active, row_tiles, k_tiles, self.config, kernels.blocks, True)
-        t_splits = max(1, min(8, k_tiles // (2 * self.config.warps)))
+        counters = row_tiles + self.items
         workspace = _Workspace(
             self.x.device,
-            counters=row_tiles * 4,
-            t=t_splits * self.pairs * TILE * weight.v_row_tiles * 4,
+            counters=counters * 4,
+            t=_MAX_T_SPLITS * self.pairs * TILE * weight.v_row_tiles * 4,
             partial=self.pairs * splits * row_tiles * TILE * 4,
         )
         params = self._params(weight, self.x.data_ptr(), self.out.data_ptr(), 1, workspace["t"], splits)
-        params.compensator.t_splits, params.k_warps = t_splits, k_warps
         params.partial, params.arrivals, params.bias = workspace["partial"], workspace["counters"], _address(bias)
-        if weight.v_row_tiles:
-            params.to_clear, params.clear_count = workspace["counters"], row_tiles
-            kernels.factors(self.items * weight.v_row_tiles * t_splits, self.config.threads, params)
-        else:
-            workspace.clear("counters", row_tiles * 4)
-        self._down(kernels, params, early=weight.v_row_tiles > 0)
+        params.k_warps = k_warps
+        params.v_done = workspace["counters"] + 4 * row_tiles
+        params.to_clear, params.clear_count = workspace["counters"], counters
+        kernels.clear(1, self.config.threads, params)
+        self._down(kernels, params, early=True)
+
+    def _clear(self, kernels: _Kernels, params: _Params, counters: int, count: int) -> None:
+        """Zero the counters: the first kernel does it where it needs none itself."""
+        params.to_clear, params.clear_count = counters, count
+        params.v_done = counters + 4 * (count - 2 * self.items)
+        if params.v_row_tiles:
+            kernels.clear(1, self.config.threads, params)
 
     def _down(self, kernels: _Kernels, params: _Params, early: bool) -> None:
-        groups, threads = self._groups(params), self.config.threads
+        threads = self.config.threads
         a_block = self.pairs * params.splits * TILE * 4 * (self.config.warps // params.k_warps)
         params.combine_later = a_block > _COMBINE_BYTES
-        kernels.down(params.v_blocks + self.items * groups * params.splits, threads, params, early=early)
+        kernels.down(self._blocks(kernels, params), threads, params, early=early)
         if params.combine_later:
             turns = -(-self.tokens // (threads // 16))
             kernels.combine(params.row_tiles * turns, threads, params, early=True)
 
-    def _groups(self, params: _Params) -> int:
-        """Blocks that the row tiles of one item take."""
-        return -(-params.row_tiles // (self.config.warps // params.k_warps))
+    def _blocks(self, kernels: _Kernels, params: _Params) -> int:
+        """As many blocks as run at a time, or fewer if there is less work."""
+        groups = -(-params.row_tiles // (self.config.warps // params.k_warps))
+        units = self.items * (groups * params.splits + params.v_row_tiles * params.compensator.t_splits)
+        return min(kernels.blocks, units)
 
     def _of(self, weight: PackedMatrix) -> _Kernels:
         b16 = self.x.dtype == torch.bfloat16
@@ -284,11 +293,11 @@ class _Call:
             v=_Matrix(weight.v_codes.data_ptr(), weight.v_meta.data_ptr(), k_tiles, k_tiles, 0),
             compensator=_Compensator(
                 weight.u_codes.data_ptr(), weight.u_scales.data_ptr(), weight.table.data_ptr(), t,
-                TILE * weight.v_row_tiles, splits,
+                TILE * weight.v_row_tiles, max(1, min(_MAX_T_SPLITS, k_tiles // (4 * self.config.warps))),
             ),
         )  # fmt: skip
         params.x, params.out = x, out
-        params.tokens, params.topk, params.items = self.tokens, self.topk, self.items
+        params.tokens, params.topk = self.tokens, self.topk
         params.in_features, params.rows, params.row_tiles = weight.in_features, weight.out_features, row_tiles
         params.row_divisor, params.splits, params.v_row_tiles = row_divisor, splits, weight.v_row_tiles
         return params
@@ -307,9 +316,6 @@ class _Workspace:
 
     def __getitem__(self, name: str) -> int:
         return self._memory.data_ptr() + self._offsets[name]
-
-    def clear(self, name: str, size: int) -> None:
-        self._memory[self._offsets[name] : self._offsets[name] + size].zero_()
 
 
 def _address(tensor: torch.Tensor | None) -> int | None:

@@ -1,15 +1,20 @@
-// A whole MoE FFN for few tokens an expert, in three or four launches; also a plain linear (one expert, one choice).
+// A whole MoE FFN for few tokens an expert, in two to four launches; also a plain linear (one expert, one choice).
 //
-//   factors:  t = V x of the first projection's compensators (skipped where no expert has one)
-//   gate_up:  h = act(W_gate x + U_gate t) * (W_up x + U_up t)
-//   down:     first blocks: t2 = V2 h; the others: W_down h + U2 t2 -> partial sums; the last block of some row tiles
-//             adds them over choices and splits in a fixed order, times the router's weights. No float atomics.
+//   clear:    zeroes the counters (only where there are compensators; it overlaps with the next)
+//   gate_up:  t = V x;  h = act(W_gate x + U_gate t) * (W_up x + U_up t)
+//   down:     t2 = V2 h;  W_down h + U2 t2 -> partial sums; the last block to finish some row tiles adds them over
+//             choices and splits in a fixed order, times the router's weights. No float atomics anywhere.
 //   combine:  that sum on its own, where it is too much for one block.
 //
-// Compensators: V's rows (64 padded) are ordinary 3-bit row tiles of the layout in tile.cuh; gate and up each take
+// Blocks are persistent; a *unit* of work is a work item (an expert and up to TOKENS of its tokens) times WARPS /
+// k_warps row tiles, whose K the warps share. The first units are row tiles of V. U t is due only when a unit's K is
+// done, so it seldom waits; the units of V come first in every block's order and wait for nothing, so there is no
+// deadlock.
+//
+// Compensators: V's rows (64 padded) are ordinary row tiles of the layout in tile.cuh; gate and up each take
 // `16 * steps` of them. U is read in steps of 16 ranks, [row tile][step][3][32 lanes] words, 12 bytes a lane, and its
 // scales (one a rank and row tile) are folded into t, which enters the MMA as the sum of two bf16, so nothing of its
-// float32 is lost. Rows of gate and up alternate in runs of 32, so one thread holds both halves of an output.
+// float32 is lost. Rows of gate and up alternate in runs of 32, so one block holds both halves of an output.
 //
 // Bytes: every touched expert's codes and metadata once; activations and partial sums stay in L2.
 #include "tile.cuh"
@@ -31,13 +36,12 @@ struct Params {
   float* partial;        // down: [pairs][splits][64 * row_tiles]
   const void* choice_weights;  // [pairs]; null: ones
   const u16* bias;       // down: [N] or null
-  int* arrivals;         // down: [row_tiles], zero at its start
-  int* v_done;           // down: [items], zero at its start
-  int* to_clear;         // gate_up, factors: counters that the first block zeroes for the next kernel
+  int* arrivals;         // down: [groups], zero at its start
+  int* v_done;           // [items], zero at the start
+  int* to_clear;         // clear, or gate_up where nothing was cleared: counters to zero
   int clear_count;
-  int tokens, topk, items, in_features, row_tiles, rows, row_divisor, splits;
+  int tokens, topk, in_features, row_tiles, rows, row_divisor, splits;
   int v_row_tiles;       // the most of any expert
-  int v_blocks;          // down: leading blocks that compute V x in this launch
   int activation, choice_weight_type;
   int k_warps;           // warps of a block that share a row tile; the others take the next ones
   int combine_later;     // down: the sum is another launch
@@ -45,51 +49,103 @@ struct Params {
 
 extern __shared__ __align__(16) char shared[];
 
-struct Scratch {
-  int list[TOKENS];
-  int sums[WARPS];
-  int histogram[MILO_EXPERTS];
-  short chosen[MILO_PAIRS];
-};
-
+using Items = Table<TOKENS, MILO_PAIRS, MILO_EXPERTS>;
 constexpr int RING_BYTES = WARPS * STAGES * STAGE_BYTES;
 constexpr int REDUCE_BYTES = WARPS * TOKENS * PITCH * 4;
-constexpr int MAIN_BYTES = RING_BYTES > REDUCE_BYTES ? RING_BYTES : REDUCE_BYTES;
+static_assert(REDUCE_BYTES >= MILO_EXPERTS * 4, "the routing's counts borrow the reduction's memory");
 
-__device__ __forceinline__ Scratch& scratch() { return *reinterpret_cast<Scratch*>(shared + MAIN_BYTES); }
+__device__ __forceinline__ float* reduction() { return reinterpret_cast<float*>(shared + RING_BYTES); }
+__device__ __forceinline__ Items& items() { return *reinterpret_cast<Items*>(shared + RING_BYTES + REDUCE_BYTES); }
 
-__device__ __forceinline__ Item item_of(const Params& p, int item) {
-  Scratch& s = scratch();
-  return find_item<TOKENS, WARPS>(p.routing, item, s.histogram, s.chosen, s.sums, s.list);
-}
+// The units of a launch, numbered: first (item, V row tile, split), then the matrix's own.
+struct Unit {
+  int item;        // -1: past the end
+  bool is_v;
+  int group;       // of row tiles, or the V row tile
+  int split;
+  int row_tile;    // this warp's, within the expert
+  int share, shares;
 
-__device__ __forceinline__ void clear_counters(const Params& p) {
-  if (blockIdx.x == 0) {
-    for (int i = threadIdx.x; i < p.clear_count; i += THREADS) p.to_clear[i] = 0;
+  __device__ __forceinline__ Unit(const Params& p, int number, bool item_first) {
+    const int warp = threadIdx.x / WARP, n = items().items;
+    const int v_splits = p.compensator.t_splits, v_units = n * p.v_row_tiles * v_splits;
+    if (number < v_units) {
+      is_v = true;
+      split = number % v_splits;
+      group = row_tile = number / v_splits % p.v_row_tiles;
+      item = number / v_splits / p.v_row_tiles;
+      share = split * WARPS + warp, shares = v_splits * WARPS;
+      return;
+    }
+    number -= v_units;
+    is_v = false;
+    const int rows = WARPS / p.k_warps, groups = (p.row_tiles + rows - 1) / rows;
+    split = number % p.splits;
+    number /= p.splits;
+    item = item_first ? number % max(n, 1) : number / groups;
+    group = item_first ? number / max(n, 1) : number % groups;
+    if (number >= n * groups) item = -1;
+    // Beyond the matrix the last row tile is computed again and not written.
+    row_tile = min(group * rows + warp / p.k_warps, p.row_tiles - 1);
+    share = split * p.k_warps + warp % p.k_warps, shares = p.splits * p.k_warps;
   }
-}
+};
 
-// t of one row tile of V and one split; returns false where there is no such tile.
-template <class Ready>
-__device__ bool factor_tile(const Params& p, int tile, int item, int split, Ready ready) {
-  Item work = item_of(p, item);
-  if (work.expert < 0) return false;
-  int4 entry = p.compensator.table[work.expert];
-  if (tile >= entry.y) return false;
-  Accumulators total = {};
-  multiply(p.v, entry.x + tile, split * WARPS + threadIdx.x / WARP, p.compensator.t_splits * WARPS, p.x, p.in_features, p.row_divisor, scratch().list,
-           work.count, shared, total, ready);
-  __syncthreads();
-  float* partial = reinterpret_cast<float*>(shared);
-  spread(total, partial);
-  __syncthreads();
-  for (int i = threadIdx.x; i < 64 * work.count; i += THREADS) {
-    int token = i / 64, row = i % 64;
-    long long pair = split * static_cast<long long>(p.routing.pairs) + scratch().list[token];
-    p.compensator.t[pair * p.compensator.t_stride + tile * 64 + row] = gather(partial, 0, WARPS, token, row);
+// Runs ahead of the computation by STAGES - 1 tiles, over the borders of units.
+struct Producer {
+  Loader load;
+  int number, kt, last;
+  bool item_first;
+
+  __device__ __forceinline__ bool done() const { return last < 0; }
+
+  // Settle on the unit `number` or the first after it that has a tile for this warp.
+  __device__ __forceinline__ void settle(const Params& p) {
+    for (;; number += gridDim.x) {
+      const Unit u(p, number, item_first);
+      if (u.item < 0) {
+        last = -1;
+        return;
+      }
+      const Item item = items()[u.item];
+      const Matrix& m = u.is_v ? p.v : p.weights;
+      long long row_tile = static_cast<long long>(item.expert) * p.row_tiles + u.row_tile;
+      if (u.is_v) {
+        const int4 entry = __ldg(p.compensator.table + item.expert);
+        if (u.group >= entry.y) continue;
+        row_tile = entry.x + u.group;
+      }
+      kt = m.ktiles * u.share / u.shares;
+      last = m.ktiles * (u.share + 1) / u.shares;
+      if (kt >= last) continue;
+      load.codes = m.codes + row_tile * m.ktiles * CODE_BYTES + load.lane * 16;
+      load.meta = m.meta + row_tile * m.groups * META_BYTES + load.lane * 16;
+      load.meta_shift = m.meta_shift;
+#pragma unroll
+      for (int nt = 0; nt < NT; ++nt) {
+        const int n = nt * 8 + load.lane / 4;
+        load.x[nt] = nullptr;
+        if (n < item.count) {
+          const long long row = items().pairs[item.begin + n] / p.row_divisor;
+          load.x[nt] = reinterpret_cast<const char*>(p.x + row * p.in_features + load.lane % 4 * 8);
+        }
+      }
+      return;
+    }
   }
-  return true;
-}
+  // One tile into a slot of the ring.
+  __device__ __forceinline__ void step(const Params& p, int slot) {
+    if (!done()) {
+      load.weights(kt, slot);
+      load.activations(kt, slot);
+      if (++kt == last) {
+        number += gridDim.x;
+        settle(p);
+      }
+    }
+    copy_commit();
+  }
+};
 
 // One step of U: its codes, and the scales that this lane's ranks take.
 template <int PARTS>
@@ -113,7 +169,7 @@ struct Step {
 // total += U t for this warp's share of the ranks. PARTS = 2: rows 0-31 use gate's t and rows 32-63 up's.
 // The first step comes with the call: it was requested before the weights.
 template <int PARTS>
-__device__ __forceinline__ void add_factors(const Params& p, int4 entry, int row_tile, Step<PARTS>& u, int count,
+__device__ __forceinline__ void add_factors(const Params& p, int4 entry, int row_tile, Step<PARTS>& u, Item item,
                                             Accumulators& total) {
   const Compensator& c = p.compensator;
   const int lane = threadIdx.x % WARP, first = threadIdx.x / WARP % p.k_warps, steps = entry.w;
@@ -123,18 +179,19 @@ __device__ __forceinline__ void add_factors(const Params& p, int4 entry, int row
     decode<true, 3, 4>(u.words, pairs);
 #pragma unroll
     for (int nt = 0; nt < NT; ++nt) {
-      if (nt * 8 < count) {
+      if (nt * 8 < item.count) {
         const int n = nt * 8 + lane / 4;
 #pragma unroll
         for (int part = 0; part < PARTS; ++part) {
           u32 high[2] = {0, 0}, low[2] = {0, 0};
-          if (n < count) {
+          if (n < item.count) {
 #pragma unroll
             for (int i = 0; i < 2; ++i) {
               const int k = (part * steps + step) * 16 + 8 * i + lane % 4 * 2;
               float a = 0, b = 0;
+#pragma unroll 4
               for (int s = 0; s < c.t_splits; ++s) {
-                long long row = s * static_cast<long long>(p.routing.pairs) + scratch().list[n];
+                long long row = s * static_cast<long long>(p.routing.pairs) + items().pairs[item.begin + n];
                 float2 t = __ldcg(reinterpret_cast<const float2*>(c.t + row * c.t_stride + k));
                 a += t.x;
                 b += t.y;
@@ -169,71 +226,6 @@ __device__ __forceinline__ float choice_weight(const Params& p, int pair) {
   return p.choice_weight_type == 1 ? from_fp16(h) : from_bf16(h);
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS) factors(const __grid_constant__ Params p) {
-  launch_dependents();
-  clear_counters(p);
-  const int per_item = p.v_row_tiles * p.compensator.t_splits, rest = blockIdx.x % per_item;
-  factor_tile(p, rest / p.compensator.t_splits, blockIdx.x / per_item, rest % p.compensator.t_splits, [] {});
-}
-
-// Which row tile and which part of K this warp works on. A block takes WARPS / k_warps row tiles; beyond the matrix
-// the last one is computed again and not written.
-struct Place {
-  int first_row_tile, row_tiles, row_tile, share;
-
-  __device__ Place(const Params& p, int block) {
-    const int warp = threadIdx.x / WARP, group = WARPS / p.k_warps;
-    first_row_tile = block * group;
-    row_tiles = min(group, p.row_tiles - first_row_tile);
-    row_tile = min(first_row_tile + warp / p.k_warps, p.row_tiles - 1);
-    share = warp % p.k_warps;
-  }
-};
-
-template <int PARTS>
-__device__ __forceinline__ int4 first_step(const Params& p, int expert, const Place& place, Step<PARTS>& u) {
-  int4 entry = {0, 0, 0, 0};
-  if (p.v_row_tiles) {
-    entry = __ldg(p.compensator.table + expert);
-    if (place.share < entry.w) {
-      u.load(p.compensator, entry.z + static_cast<long long>(place.row_tile) * entry.w + place.share);
-    }
-  }
-  return entry;
-}
-
-extern "C" __global__ void __launch_bounds__(THREADS, MILO_BLOCKS) gate_up(const __grid_constant__ Params p) {
-  launch_dependents();
-  const int groups = (p.row_tiles + WARPS / p.k_warps - 1) / (WARPS / p.k_warps);
-  const Place place(p, blockIdx.x % groups);
-  Item work = item_of(p, blockIdx.x / groups);
-  if (work.expert < 0) {
-    wait_for_primary();
-    clear_counters(p);
-    return;
-  }
-  Accumulators total = {};
-  Step<2> u;
-  const int4 entry = first_step(p, work.expert, place, u);
-  multiply(p.weights, static_cast<long long>(work.expert) * p.row_tiles + place.row_tile, place.share, p.k_warps, p.x,
-           p.in_features, p.row_divisor, scratch().list, work.count, shared, total, [] {});
-  wait_for_primary();
-  clear_counters(p);
-  add_factors<2>(p, entry, place.row_tile, u, work.count, total);
-  __syncthreads();
-  float* partial = reinterpret_cast<float*>(shared);
-  spread(total, partial);
-  __syncthreads();
-  const int width = 32 * place.row_tiles;
-  for (int i = threadIdx.x; i < width * work.count; i += THREADS) {
-    const int token = i / width, column = i % width, warp = column / 32 * p.k_warps, row = column % 32;
-    const float gate = gather(partial, warp, p.k_warps, token, row);
-    const float h = activate(p.activation, gate) * gather(partial, warp, p.k_warps, token, row + 32);
-    const long long pair = scratch().list[token];
-    static_cast<u16*>(p.out)[pair * p.rows + place.first_row_tile * 32 + column] = round_to_16<B16>(h);
-  }
-}
-
 // The sum over choices and splits for 64 rows and the tokens from `first` to `last`.
 __device__ void combine_rows(const Params& p, int row_tile, int first, int last) {
   const int column = row_tile * 64 + threadIdx.x % 16 * 4, pitch = p.row_tiles * 64;
@@ -261,65 +253,149 @@ __device__ void combine_rows(const Params& p, int row_tile, int first, int last)
   }
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS) combine(const __grid_constant__ Params p) {
-  wait_for_primary();
-  const int first = blockIdx.x / p.row_tiles * (THREADS / 16);
-  combine_rows(p, blockIdx.x % p.row_tiles, first, min(p.tokens, first + THREADS / 16));
+// A unit's accumulators, spread over shared memory, to the results. PARTS = 2 writes h, 1 partial sums.
+template <int PARTS>
+__device__ __forceinline__ void write(const Params& p, const Unit& unit, Item item) {
+  const float* partial = reduction();
+  const short* pairs = items().pairs + item.begin;
+  if (unit.is_v) {
+    for (int i = threadIdx.x; i < 64 * item.count; i += THREADS) {
+      const int token = i / 64, row = i % 64;
+      const long long at = unit.split * static_cast<long long>(p.routing.pairs) + pairs[token];
+      __stcg(p.compensator.t + at * p.compensator.t_stride + unit.group * 64 + row, gather(partial, 0, WARPS, token, row));
+    }
+    return;
+  }
+  constexpr int RUN = 64 / PARTS;
+  const int rows = WARPS / p.k_warps, first = unit.group * rows, width = RUN * min(rows, p.row_tiles - first);
+  for (int i = threadIdx.x; i < width * item.count; i += THREADS) {
+    const int token = i / width, column = i % width, warp = column / RUN * p.k_warps, row = column % RUN;
+    const float sum = gather(partial, warp, p.k_warps, token, row);
+    const long long pair = pairs[token];
+    if constexpr (PARTS == 2) {
+      const float h = activate(p.activation, sum) * gather(partial, warp, p.k_warps, token, row + 32);
+      static_cast<u16*>(p.out)[pair * p.rows + first * 32 + column] = round_to_16<B16>(h);
+    } else {
+      __stcg(p.partial + (pair * p.splits + unit.split) * (p.row_tiles * 64) + first * 64 + column, sum);
+    }
+  }
+}
+
+// All units of this block. `early`: activations come from memory that no kernel still running writes.
+template <int PARTS>
+__device__ __forceinline__ void work(const Params& p, bool early) {
+  constexpr bool ITEM_FIRST = PARTS == 1;
+  const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
+  items().build(p.routing, reinterpret_cast<int*>(reduction()));
+  Producer producer;
+  producer.load.lane = lane;
+  producer.load.policy = evict_first();
+  producer.load.in_features = p.in_features;
+  producer.load.ring = shared_address(shared) + warp * STAGES * STAGE_BYTES;
+  producer.number = blockIdx.x;
+  producer.item_first = ITEM_FIRST;
+  producer.settle(p);
+  if (early) {
+#pragma unroll
+    for (int s = 0; s < STAGES - 1; ++s) producer.step(p, s);
+  } else {  // the weights of the first unit before the wait, its activations after
+    const int ahead = producer.done() ? 0 : min(producer.last - producer.kt, STAGES - 1);
+    for (int s = 0; s < ahead; ++s) producer.load.weights(producer.kt + s, s);
+    wait_for_primary();
+#pragma unroll
+    for (int s = 0; s < STAGES - 1; ++s) {
+      if (s < ahead) {
+        producer.load.activations(producer.kt, s);
+        copy_commit();
+        if (++producer.kt == producer.last) {
+          producer.number += gridDim.x;
+          producer.settle(p);
+        }
+      } else {
+        producer.step(p, s);
+      }
+    }
+  }
+  bool waited = !early;
+  int slot = 0;
+  for (int number = blockIdx.x;; number += gridDim.x) {
+    const Unit unit(p, number, ITEM_FIRST);
+    if (unit.item < 0) break;
+    const Item item = items()[unit.item];
+    int4 entry = {0, 0, 0, 0};
+    if (p.v_row_tiles) entry = __ldg(p.compensator.table + item.expert);
+    if (unit.is_v && unit.group >= entry.y) continue;
+    const bool has_u = !unit.is_v && entry.w && unit.split == p.splits - 1;
+    Step<PARTS> u;
+    if (has_u && warp % p.k_warps < entry.w) {
+      u.load(p.compensator, entry.z + static_cast<long long>(unit.row_tile) * entry.w + warp % p.k_warps);
+    }
+    Accumulators total = {};
+    const int k_tiles = p.weights.ktiles, tiles = (item.count + 7) / 8;
+    int left = k_tiles * (unit.share + 1) / unit.shares - k_tiles * unit.share / unit.shares;
+    for (; left > 0; --left) {
+      copy_wait<STAGES - 2>();
+      __syncwarp();  // metadata were copied by other lanes; and all are done with the slot that is refilled next
+      producer.step(p, slot == 0 ? STAGES - 1 : slot - 1);
+      multiply_tile(producer.load.ring + slot * STAGE_BYTES, lane, tiles, total);
+      slot = slot == STAGES - 1 ? 0 : slot + 1;
+    }
+    if (!waited) {  // counters, and the buffers that an earlier call may have used, are ours from here on
+      wait_for_primary();
+      waited = true;
+    }
+    if (has_u) {
+      while (load_acquire(p.v_done + unit.item) < entry.y * p.compensator.t_splits) __nanosleep(32);
+      add_factors<PARTS>(p, entry, unit.row_tile, u, item, total);
+    }
+    __syncthreads();  // the last unit's sums have been read
+    spread(total, reduction());
+    __syncthreads();
+    write<PARTS>(p, unit, item);
+    if (unit.is_v) {
+      __threadfence();
+      __syncthreads();
+      if (threadIdx.x == 0) atomicAdd(p.v_done + unit.item, 1);
+    } else if (PARTS == 1 && !p.combine_later) {
+      __shared__ int last;
+      __threadfence();
+      __syncthreads();
+      if (threadIdx.x == 0) last = atomicAdd(p.arrivals + unit.group, 1) == items().items * p.splits - 1;
+      __syncthreads();
+      if (last) {
+        __threadfence();
+        const int rows = WARPS / p.k_warps;
+        for (int r = unit.group * rows; r < min((unit.group + 1) * rows, p.row_tiles); ++r) combine_rows(p, r, 0, p.tokens);
+      }
+    }
+  }
+  if (!waited) wait_for_primary();
+  copy_wait<0>();
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS) clear(const __grid_constant__ Params p) {
+  launch_dependents();
+  for (int i = threadIdx.x; i < p.clear_count; i += THREADS) p.to_clear[i] = 0;
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS, MILO_BLOCKS) gate_up(const __grid_constant__ Params p) {
+  launch_dependents();
+  if (!p.v_row_tiles && blockIdx.x == 0) {
+    for (int i = threadIdx.x; i < p.clear_count; i += THREADS) p.to_clear[i] = 0;
+  }
+  work<2>(p, true);
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, MILO_BLOCKS) down(const __grid_constant__ Params p) {
   launch_dependents();
-  if (blockIdx.x < p.v_blocks) {
-    // The lowest blocks are scheduled first, so the others may wait for them.
-    const int per_item = p.v_row_tiles * p.compensator.t_splits, rest = blockIdx.x % per_item;
-    const int item = blockIdx.x / per_item;
-    if (factor_tile(p, rest / p.compensator.t_splits, item, rest % p.compensator.t_splits, [] { wait_for_primary(); })) {
-      __threadfence();
-      __syncthreads();
-      if (threadIdx.x == 0) atomicAdd(p.v_done + item, 1);
-    } else {
-      wait_for_primary();
-    }
-    return;
+  work<1>(p, false);
+  if (items().items == 0 && !p.combine_later) {  // nobody arrives: the sums of nothing
+    for (int r = blockIdx.x; r < p.row_tiles; r += gridDim.x) combine_rows(p, r, 0, p.tokens);
   }
-  const int block = blockIdx.x - p.v_blocks, item = block % p.items, rest = block / p.items;
-  const int group = rest / p.splits, split = rest % p.splits;
-  const Place place(p, group);
-  Item work = item_of(p, item);
-  if (work.expert < 0) {
-    wait_for_primary();
-  } else {
-    Accumulators total = {};
-    Step<1> u;
-    const int4 entry = first_step(p, work.expert, place, u);
-    multiply(p.weights, static_cast<long long>(work.expert) * p.row_tiles + place.row_tile,
-             split * p.k_warps + place.share, p.splits * p.k_warps, p.x, p.in_features, p.row_divisor, scratch().list,
-             work.count, shared, total, [] { wait_for_primary(); });
-    if (entry.y && split == p.splits - 1) {
-      if (p.v_blocks) {
-        while (load_acquire(p.v_done + item) < entry.y * p.compensator.t_splits) __nanosleep(32);
-      }
-      add_factors<1>(p, entry, place.row_tile, u, work.count, total);
-    }
-    __syncthreads();
-    float* partial = reinterpret_cast<float*>(shared);
-    spread(total, partial);
-    __syncthreads();
-    const int width = 64 * place.row_tiles;
-    for (int i = threadIdx.x; i < width * work.count; i += THREADS) {
-      const int token = i / width, column = i % width;
-      const long long at = static_cast<long long>(scratch().list[token]) * p.splits + split;
-      __stcg(p.partial + at * (p.row_tiles * 64) + place.first_row_tile * 64 + column,
-             gather(partial, column / 64 * p.k_warps, p.k_warps, token, column % 64));
-    }
-  }
-  if (p.combine_later) return;
-  __threadfence();
-  __syncthreads();
-  if (threadIdx.x == 0) scratch().sums[0] = atomicAdd(p.arrivals + group, 1) == p.items * p.splits - 1;
-  __syncthreads();
-  if (scratch().sums[0]) {
-    __threadfence();
-    for (int i = 0; i < place.row_tiles; ++i) combine_rows(p, place.first_row_tile + i, 0, p.tokens);
-  }
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS) combine(const __grid_constant__ Params p) {
+  wait_for_primary();
+  const int first = blockIdx.x / p.row_tiles * (THREADS / 16);
+  combine_rows(p, blockIdx.x % p.row_tiles, first, min(p.tokens, first + THREADS / 16));
 }

@@ -10,10 +10,15 @@ constexpr int WARP = 32;
 
 __device__ __forceinline__ u32 shared_address(const void* p) { return static_cast<u32>(__cvta_generic_to_shared(p)); }
 
-// 16-byte asynchronous copies to shared memory. Weights are read once and bypass L1; activations are shared by the
-// blocks of an SM and go through it. `bytes` is 16, or 0 to fill with zeros.
-__device__ __forceinline__ void copy_weights(u32 to, const void* from) {
-  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
+// 16-byte asynchronous copies to shared memory. Weights are read once: they bypass L1 and are the first to leave L2.
+// Activations are shared by the blocks of an SM and go through L1. `bytes` is 16, or 0 to fill with zeros.
+__device__ __forceinline__ u64 evict_first() {
+  u64 policy;
+  asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+  return policy;
+}
+__device__ __forceinline__ void copy_weights(u32 to, const void* from, u64 policy) {
+  asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "l"(policy) : "memory");
 }
 __device__ __forceinline__ void copy_activations(u32 to, const void* from, int bytes) {
   asm volatile("cp.async.ca.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(bytes) : "memory");

@@ -12,7 +12,8 @@
 // weight costs about 2 instructions, and rounds nowhere.
 //
 // Each warp owns a run of K and a private ring of STAGES tiles in shared memory filled by cp.async: no barrier in the
-// loop. The warps' partial sums are added in a fixed order at the end.
+// loop. The warps' partial sums are added in a fixed order at the end. Blocks are persistent: while one unit of work is
+// finished, the ring already fills for the next.
 //
 // Roofline: (BITS + 32 / group) / 8 bytes a weight. At 3.5 bits and 3.0 TB/s an SM of an H100 takes one 64x64 tile in
 // 134 clocks, in which it can issue 536 instructions; this loop needs about 260 for 8 tokens and 400 for 32.
@@ -47,6 +48,7 @@ using Accumulators = float[4][NT][4];
 struct Loader {
   const char *codes, *meta;  // of this row tile, at this lane
   const char* x[NT];         // this lane's part of its token's activations, null where there is no token
+  u64 policy;
   u32 ring;                  // this warp's ring
   int meta_shift, in_features, lane;
 
@@ -54,8 +56,8 @@ struct Loader {
     u32 to = ring + slot * STAGE_BYTES + lane * 16;
     const char* from = codes + static_cast<long long>(kt) * CODE_BYTES;
 #pragma unroll
-    for (int j = 0; j < BITS; ++j) copy_weights(to + j * 512, from + j * 512);
-    if (HALVES == 2 || lane < 16) copy_weights(to + CODE_BYTES, meta + (kt >> meta_shift) * META_BYTES);
+    for (int j = 0; j < BITS; ++j) copy_weights(to + j * 512, from + j * 512, policy);
+    if (HALVES == 2 || lane < 16) copy_weights(to + CODE_BYTES, meta + (kt >> meta_shift) * META_BYTES, policy);
   }
   __device__ __forceinline__ void activations(int kt, int slot) const {
     u32 to = ring + slot * STAGE_BYTES + CODE_BYTES + META_BYTES + lane * 16;
@@ -183,54 +185,6 @@ __device__ __forceinline__ void multiply_tile(u32 at, int lane, int tiles, Accum
       }
     }
   }
-}
-
-// Sum over one of `shares` parts of K for one row tile (both this warp's own). `ready` runs after the weights of the first stages were requested and before any
-// activation is read.
-template <class Ready>
-__device__ __forceinline__ void multiply(const Matrix& m, long long row_tile, int share, int shares, const u16* x,
-                                         int in_features, int row_divisor, const int* list, int count, char* ring,
-                                         Accumulators& total, Ready ready) {
-  const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
-  const int first = m.ktiles * share / shares, last = m.ktiles * (share + 1) / shares;
-  Loader load;
-  load.lane = lane;
-  load.meta_shift = m.meta_shift;
-  load.in_features = in_features;
-  load.codes = m.codes + row_tile * m.ktiles * CODE_BYTES + lane * 16;
-  load.meta = m.meta + row_tile * m.groups * META_BYTES + lane * 16;
-  load.ring = shared_address(ring) + warp * STAGES * STAGE_BYTES;
-#pragma unroll
-  for (int s = 0; s < STAGES - 1; ++s) {
-    if (first + s < last) load.weights(first + s, s);
-  }
-  ready();
-#pragma unroll
-  for (int nt = 0; nt < NT; ++nt) {
-    int n = nt * 8 + lane / 4;
-    long long row = n < count ? list[n] / row_divisor : -1;
-    load.x[nt] = row < 0 ? nullptr : reinterpret_cast<const char*>(x + row * in_features + lane % 4 * 8);
-  }
-#pragma unroll
-  for (int s = 0; s < STAGES - 1; ++s) {
-    if (first + s < last) load.activations(first + s, s);
-    copy_commit();
-  }
-  const int tiles = (count + 7) / 8;
-  for (int kt = first, slot = 0; kt < last; ++kt) {
-    copy_wait<STAGES - 2>();
-    __syncwarp();  // the metadata were copied by other lanes; and all are done with the slot that is refilled next
-    const int next = kt + STAGES - 1;
-    if (next < last) {
-      int to = slot == 0 ? STAGES - 1 : slot - 1;
-      load.weights(next, to);
-      load.activations(next, to);
-    }
-    copy_commit();
-    multiply_tile(load.ring + slot * STAGE_BYTES, lane, tiles, total);
-    slot = slot == STAGES - 1 ? 0 : slot + 1;
-  }
-  copy_wait<0>();
 }
 
 // Spread this warp's accumulators over shared memory, and add up what `warps` of them from `first` on left there.
