@@ -15,6 +15,7 @@ from milo.kernels.packed_reference import ACTIVATIONS
 
 MAX_EXPERTS = 1024  # local experts; the blocks' routing scratch is sized by these
 MAX_PAIRS = 1024  # (token, choice) pairs a launch; more tokens are done in turns
+_SHARED = 228 << 10  # bytes an SM of a data-centre GPU; sm_80 has 164 KiB and gets fewer blocks or stages
 _FIXED_TILES = 1.5  # the end of a unit of work, in tiles of one warp
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -78,7 +79,7 @@ def cut(active: float, row_tiles: int, k_tiles: int, config: Config, slots: int,
         k_warps, parts = choice
         units = active * -(-row_tiles * k_warps // config.warps) * parts
         work = -(-k_tiles // (k_warps * parts)) + _FIXED_TILES + 0.5 * (parts - 1)
-        return max(units / slots, math.ceil(units / slots - 0.1)) * work
+        return max(1.0, math.ceil(units / slots - 0.1)) * work
 
     divisors = [w for w in range(1, config.warps + 1) if config.warps % w == 0]
     choices = [(w, s) for w in divisors for s in (range(1, 9) if splits else (1,)) if s == 1 or w == config.warps]
@@ -115,14 +116,13 @@ class _Params(ctypes.Structure):
                                           "to_clear")]
         + [(n, ctypes.c_int) for n in ("clear_count", "tokens", "topk", "in_features", "row_tiles", "rows",
                                        "row_divisor", "splits", "v_row_tiles", "activation",
-                                       "choice_weight_type", "k_warps", "combine_later")]
+                                       "choice_weight_type", "k_warps", "block_row_tiles", "groups", "combine_later")]
     )  # fmt: skip
 
 
 class _Kernels:
     def __init__(self, config: Config, bits: int, halves: int, b16: bool, device: int) -> None:
-        half_sm = 113 << 10
-        while config.blocks == 2 and config.shared_bytes(bits, halves) > half_sm and config.stages > 2:
+        while config.shared_bytes(bits, halves) > _SHARED // config.blocks - 1024 and config.stages > 2:
             config = replace(config, stages=config.stages - 1)
         macros = {
             "MILO_BF16": int(b16), "MILO_BITS": bits, "MILO_HALVES": halves, "MILO_NT": config.token_tiles,
@@ -276,8 +276,9 @@ class _Call:
 
     def _blocks(self, kernels: _Kernels, params: _Params) -> int:
         """As many blocks as run at a time, or fewer if there is less work."""
-        groups = -(-params.row_tiles // (self.config.warps // params.k_warps))
-        units = self.items * (groups * params.splits + params.v_row_tiles * params.compensator.t_splits)
+        params.block_row_tiles = self.config.warps // params.k_warps
+        params.groups = -(-params.row_tiles // params.block_row_tiles)
+        units = self.items * (params.groups * params.splits + params.v_row_tiles * params.compensator.t_splits)
         return min(kernels.blocks, units)
 
     def _of(self, weight: PackedMatrix) -> _Kernels:

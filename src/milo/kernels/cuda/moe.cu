@@ -44,6 +44,8 @@ struct Params {
   int v_row_tiles;       // the most of any expert
   int activation, choice_weight_type;
   int k_warps;           // warps of a block that share a row tile; the others take the next ones
+  int block_row_tiles;   // WARPS / k_warps
+  int groups;            // of block_row_tiles row tiles, the last perhaps not full
   int combine_later;     // down: the sum is another launch
 };
 
@@ -71,23 +73,27 @@ struct Unit {
     const int v_splits = p.compensator.t_splits, v_units = n * p.v_row_tiles * v_splits;
     if (number < v_units) {
       is_v = true;
-      split = number % v_splits;
-      group = row_tile = number / v_splits % p.v_row_tiles;
-      item = number / v_splits / p.v_row_tiles;
+      const Quotient by_split = divide(number, v_splits), by_tile = divide(by_split.q, p.v_row_tiles);
+      split = by_split.r;
+      group = row_tile = by_tile.r;
+      item = by_tile.q;
       share = split * WARPS + warp, shares = v_splits * WARPS;
       return;
     }
     number -= v_units;
     is_v = false;
-    const int rows = WARPS / p.k_warps, groups = (p.row_tiles + rows - 1) / rows;
-    split = number % p.splits;
-    number /= p.splits;
-    item = item_first ? number % max(n, 1) : number / groups;
-    group = item_first ? number / max(n, 1) : number % groups;
-    if (number >= n * groups) item = -1;
+    if (number >= n * p.groups * p.splits) {
+      item = -1;
+      return;
+    }
+    const Quotient by_split = divide(number, p.splits), place = divide(by_split.q, item_first ? n : p.groups);
+    split = by_split.r;
+    item = item_first ? place.r : place.q;
+    group = item_first ? place.q : place.r;
     // Beyond the matrix the last row tile is computed again and not written.
-    row_tile = min(group * rows + warp / p.k_warps, p.row_tiles - 1);
-    share = split * p.k_warps + warp % p.k_warps, shares = p.splits * p.k_warps;
+    const Quotient mine = divide(warp, p.k_warps);
+    row_tile = min(group * p.block_row_tiles + mine.q, p.row_tiles - 1);
+    share = split * p.k_warps + mine.r, shares = p.splits * p.k_warps;
   }
 };
 
@@ -115,8 +121,8 @@ struct Producer {
         if (u.group >= entry.y) continue;
         row_tile = entry.x + u.group;
       }
-      kt = m.ktiles * u.share / u.shares;
-      last = m.ktiles * (u.share + 1) / u.shares;
+      kt = divide(m.ktiles * u.share, u.shares).q;
+      last = divide(m.ktiles * (u.share + 1), u.shares).q;
       if (kt >= last) continue;
       load.codes = m.codes + row_tile * m.ktiles * CODE_BYTES + load.lane * 16;
       load.meta = m.meta + row_tile * m.groups * META_BYTES + load.lane * 16;
@@ -126,7 +132,7 @@ struct Producer {
         const int n = nt * 8 + load.lane / 4;
         load.x[nt] = nullptr;
         if (n < item.count) {
-          const long long row = items().pairs[item.begin + n] / p.row_divisor;
+          const long long row = divide(items().pairs[item.begin + n], p.row_divisor).q;
           load.x[nt] = reinterpret_cast<const char*>(p.x + row * p.in_features + load.lane % 4 * 8);
         }
       }
@@ -189,7 +195,7 @@ __device__ __forceinline__ void add_factors(const Params& p, int4 entry, int row
             for (int i = 0; i < 2; ++i) {
               const int k = (part * steps + step) * 16 + 8 * i + lane % 4 * 2;
               float a = 0, b = 0;
-#pragma unroll 4
+#pragma unroll 1
               for (int s = 0; s < c.t_splits; ++s) {
                 long long row = s * static_cast<long long>(p.routing.pairs) + items().pairs[item.begin + n];
                 float2 t = __ldcg(reinterpret_cast<const float2*>(c.t + row * c.t_stride + k));
@@ -226,54 +232,76 @@ __device__ __forceinline__ float choice_weight(const Params& p, int pair) {
   return p.choice_weight_type == 1 ? from_fp16(h) : from_bf16(h);
 }
 
-// The sum over choices and splits for 64 rows and the tokens from `first` to `last`.
-__device__ void combine_rows(const Params& p, int row_tile, int first, int last) {
-  const int column = row_tile * 64 + threadIdx.x % 16 * 4, pitch = p.row_tiles * 64;
-  for (int token = first + threadIdx.x / 16; token < last; token += THREADS / 16) {
+// The weights of the choices of the tokens from `first` to `last`, NaN for those that are not ours.
+__device__ __forceinline__ void load_choices(const Params& p, int first, int last, float* weights) {
+  for (int i = first * p.topk + threadIdx.x; i < last * p.topk; i += THREADS) {
+    const bool ours = !p.routing.ids || local_expert(p.routing, i) >= 0;
+    weights[i - first * p.topk] = ours ? choice_weight(p, i) : __int_as_float(0x7fffffff);
+  }
+}
+
+// The sum over choices and splits for the row tiles from `tile` to `last_tile` and tokens from `first` to `last`.
+__device__ __forceinline__ void combine_rows(const Params& p, int tile, int last_tile, int first, int last,
+                                             const float* weights) {
+  const int pitch = p.row_tiles * 64, width = (last_tile - tile) * 16;  // of 4 rows
+  for (int i = threadIdx.x; i < width * (last - first); i += THREADS) {
+    const Quotient at = divide(i, width);
+    const int token = first + at.q, column = tile * 64 + at.r * 4;
+    const float* from = p.partial + static_cast<long long>(token) * p.topk * p.splits * pitch + column;
     float sum[4] = {};
-    for (int c = 0; c < p.topk; ++c) {
-      int pair = token * p.topk + c;
-      if (p.routing.ids && local_expert(p.routing, pair) < 0) continue;
-      float one[4] = {}, weight = choice_weight(p, pair);
-      for (int s = 0; s < p.splits; ++s) {
-        const float* from = p.partial + (static_cast<long long>(pair) * p.splits + s) * pitch + column;
-        float4 v = __ldcg(reinterpret_cast<const float4*>(from));
-        one[0] += v.x, one[1] += v.y, one[2] += v.z, one[3] += v.w;
+    for (int j = 0; j < p.topk * p.splits; j += 4) {  // four loads in flight
+      float4 v[4];
+      float w[4];
+#pragma unroll
+      for (int k = 0; k < 4; ++k) {
+        const bool inside = j + k < p.topk * p.splits;
+        w[k] = inside ? weights[at.q * p.topk + divide(j + k, p.splits).q] : __int_as_float(0x7fffffff);
+        v[k] = {0, 0, 0, 0};
+        if (w[k] == w[k]) v[k] = __ldcg(reinterpret_cast<const float4*>(from + static_cast<long long>(j + k) * pitch));
+        w[k] = w[k] == w[k] ? w[k] : 0;
       }
 #pragma unroll
-      for (int i = 0; i < 4; ++i) sum[i] += weight * one[i];
+      for (int k = 0; k < 4; ++k) {
+        sum[0] += w[k] * v[k].x, sum[1] += w[k] * v[k].y, sum[2] += w[k] * v[k].z, sum[3] += w[k] * v[k].w;
+      }
     }
     if (column < p.rows) {
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        if (p.bias) sum[i] += B16 ? from_bf16(p.bias[column + i]) : from_fp16(p.bias[column + i]);
-        static_cast<u16*>(p.out)[static_cast<long long>(token) * p.rows + column + i] = round_to_16<B16>(sum[i]);
+      for (int j = 0; j < 4; ++j) {
+        if (p.bias) sum[j] += B16 ? from_bf16(p.bias[column + j]) : from_fp16(p.bias[column + j]);
       }
+      const u32 low = round_to_16<B16>(sum[0]) | round_to_16<B16>(sum[1]) << 16;
+      const u32 high = round_to_16<B16>(sum[2]) | round_to_16<B16>(sum[3]) << 16;
+      u16* out = static_cast<u16*>(p.out) + static_cast<long long>(token) * p.rows + column;
+      *reinterpret_cast<uint2*>(out) = make_uint2(low, high);
     }
   }
 }
 
-// A unit's accumulators, spread over shared memory, to the results. PARTS = 2 writes h, 1 partial sums.
+// A unit's accumulators, spread over shared memory, to the results, 32 rows of a token a warp and turn. PARTS = 2
+// writes h, 1 partial sums.
 template <int PARTS>
 __device__ __forceinline__ void write(const Params& p, const Unit& unit, Item item) {
   const float* partial = reduction();
+  const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
   const short* pairs = items().pairs + item.begin;
-  if (unit.is_v) {
-    for (int i = threadIdx.x; i < 64 * item.count; i += THREADS) {
-      const int token = i / 64, row = i % 64;
-      const long long at = unit.split * static_cast<long long>(p.routing.pairs) + pairs[token];
-      __stcg(p.compensator.t + at * p.compensator.t_stride + unit.group * 64 + row, gather(partial, 0, WARPS, token, row));
-    }
-    return;
-  }
-  constexpr int RUN = 64 / PARTS;
-  const int rows = WARPS / p.k_warps, first = unit.group * rows, width = RUN * min(rows, p.row_tiles - first);
-  for (int i = threadIdx.x; i < width * item.count; i += THREADS) {
-    const int token = i / width, column = i % width, warp = column / RUN * p.k_warps, row = column % RUN;
-    const float sum = gather(partial, warp, p.k_warps, token, row);
+  constexpr int RUN = 64 / PARTS;  // results of a row tile
+  const int first = unit.group * p.block_row_tiles;
+  const int runs = unit.is_v ? 2 : min(p.block_row_tiles, p.row_tiles - first) * RUN / 32;
+  for (int turn = warp; turn < runs * item.count; turn += WARPS) {
+    const Quotient at = divide(turn, runs);
+    const int token = at.q, column = at.r * 32 + lane;
     const long long pair = pairs[token];
+    if (unit.is_v) {
+      const long long row = unit.split * static_cast<long long>(p.routing.pairs) + pair;
+      float* t = p.compensator.t + row * p.compensator.t_stride + unit.group * 64;
+      __stcg(t + column, gather(partial, 0, WARPS, token, column));
+      continue;
+    }
+    const int from = column / RUN * p.k_warps, row = column % RUN;
+    const float sum = gather(partial, from, p.k_warps, token, row);
     if constexpr (PARTS == 2) {
-      const float h = activate(p.activation, sum) * gather(partial, warp, p.k_warps, token, row + 32);
+      const float h = activate(p.activation, sum) * gather(partial, from, p.k_warps, token, row + 32);
       static_cast<u16*>(p.out)[pair * p.rows + first * 32 + column] = round_to_16<B16>(h);
     } else {
       __stcg(p.partial + (pair * p.splits + unit.split) * (p.row_tiles * 64) + first * 64 + column, sum);
@@ -296,13 +324,13 @@ __device__ __forceinline__ void work(const Params& p, bool early) {
   producer.item_first = ITEM_FIRST;
   producer.settle(p);
   if (early) {
-#pragma unroll
+#pragma unroll 1
     for (int s = 0; s < STAGES - 1; ++s) producer.step(p, s);
   } else {  // the weights of the first unit before the wait, its activations after
     const int ahead = producer.done() ? 0 : min(producer.last - producer.kt, STAGES - 1);
     for (int s = 0; s < ahead; ++s) producer.load.weights(producer.kt + s, s);
     wait_for_primary();
-#pragma unroll
+#pragma unroll 1
     for (int s = 0; s < STAGES - 1; ++s) {
       if (s < ahead) {
         producer.load.activations(producer.kt, s);
@@ -332,7 +360,7 @@ __device__ __forceinline__ void work(const Params& p, bool early) {
     }
     Accumulators total = {};
     const int k_tiles = p.weights.ktiles, tiles = (item.count + 7) / 8;
-    int left = k_tiles * (unit.share + 1) / unit.shares - k_tiles * unit.share / unit.shares;
+    int left = divide(k_tiles * (unit.share + 1), unit.shares).q - divide(k_tiles * unit.share, unit.shares).q;
     for (; left > 0; --left) {
       copy_wait<STAGES - 2>();
       __syncwarp();  // metadata were copied by other lanes; and all are done with the slot that is refilled next
@@ -364,8 +392,10 @@ __device__ __forceinline__ void work(const Params& p, bool early) {
       __syncthreads();
       if (last) {
         __threadfence();
-        const int rows = WARPS / p.k_warps;
-        for (int r = unit.group * rows; r < min((unit.group + 1) * rows, p.row_tiles); ++r) combine_rows(p, r, 0, p.tokens);
+        load_choices(p, 0, p.tokens, reduction());
+        __syncthreads();
+        const int first = unit.group * p.block_row_tiles;
+        combine_rows(p, first, min(first + p.block_row_tiles, p.row_tiles), 0, p.tokens, reduction());
       }
     }
   }
@@ -390,12 +420,18 @@ extern "C" __global__ void __launch_bounds__(THREADS, MILO_BLOCKS) down(const __
   launch_dependents();
   work<1>(p, false);
   if (items().items == 0 && !p.combine_later) {  // nobody arrives: the sums of nothing
-    for (int r = blockIdx.x; r < p.row_tiles; r += gridDim.x) combine_rows(p, r, 0, p.tokens);
+    load_choices(p, 0, p.tokens, reduction());
+    __syncthreads();
+    for (int r = blockIdx.x; r < p.row_tiles; r += gridDim.x) combine_rows(p, r, r + 1, 0, p.tokens, reduction());
   }
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS) combine(const __grid_constant__ Params p) {
+  __shared__ float weights[MILO_PAIRS];
+  constexpr int TURN = THREADS / 16;  // tokens a block
+  const int first = blockIdx.x / p.row_tiles * TURN, last = min(p.tokens, first + TURN), tile = blockIdx.x % p.row_tiles;
+  load_choices(p, first, last, weights);
+  __syncthreads();
   wait_for_primary();
-  const int first = blockIdx.x / p.row_tiles * (THREADS / 16);
-  combine_rows(p, blockIdx.x % p.row_tiles, first, min(p.tokens, first + THREADS / 16));
+  combine_rows(p, tile, tile + 1, first, last, weights);
 }

@@ -205,6 +205,7 @@ __device__ __forceinline__ void spread(const Accumulators& total, float* partial
 
 __device__ __forceinline__ float gather(const float* partial, int first, int warps, int token, int row) {
   float sum = 0;
+#pragma unroll 4
   for (int w = first; w < first + warps; ++w) sum += partial[(w * TOKENS + token) * PITCH + row];
   return sum;
 }
