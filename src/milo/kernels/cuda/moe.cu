@@ -129,12 +129,9 @@ struct Producer {
       load.meta_shift = m.meta_shift;
 #pragma unroll
       for (int nt = 0; nt < NT; ++nt) {
-        const int n = nt * 8 + load.lane / 4;
-        load.x[nt] = nullptr;
-        if (n < item.count) {
-          const long long row = divide(items().pairs[item.begin + n], p.row_divisor).q;
-          load.x[nt] = reinterpret_cast<const char*>(p.x + row * p.in_features + load.lane % 4 * 8);
-        }
+        const int n = min(nt * 8 + load.lane / 4, item.count - 1);
+        const long long row = divide(items().pairs[item.begin + n], p.row_divisor).q;
+        load.x[nt] = reinterpret_cast<const char*>(p.x + row * p.in_features + load.lane % 4 * 8);
       }
       return;
     }

@@ -28,9 +28,9 @@ constexpr int NT = MILO_NT;             // n8 tiles of tokens
 constexpr int WARPS = MILO_WARPS;
 constexpr int STAGES = MILO_STAGES;
 
-// From 3 token tiles on, it is cheaper to scale the 16 weight pairs of a lane (and round them to 16 bits, as every
+// From 2 token tiles on, it is cheaper to scale the 16 weight pairs of a lane (and round them to 16 bits, as every
 // dequantising kernel does) than its 4 * NT accumulators.
-constexpr bool SCALE_WEIGHTS = NT >= 3;
+constexpr bool SCALE_WEIGHTS = NT >= 2;
 constexpr int TOKENS = 8 * NT;
 constexpr int THREADS = WARPS * WARP;
 constexpr int CODE_BYTES = BITS * 512, META_BYTES = 256 * HALVES, X_BYTES = 1024 * NT;
@@ -47,7 +47,7 @@ using Accumulators = float[4][NT][4];
 
 struct Loader {
   const char *codes, *meta;  // of this row tile, at this lane
-  const char* x[NT];         // this lane's part of its token's activations, null where there is no token
+  const char* x[NT];         // this lane's part of its token's activations
   u64 policy;
   u32 ring;                  // this warp's ring
   int meta_shift, in_features, lane;
@@ -59,15 +59,16 @@ struct Loader {
     for (int j = 0; j < BITS; ++j) copy_weights(to + j * 512, from + j * 512, policy);
     if (HALVES == 2 || lane < 16) copy_weights(to + CODE_BYTES, meta + (kt >> meta_shift) * META_BYTES, policy);
   }
+  // Beyond K (whose last tile may be half full) zeros; where there is no token, another's activations: the columns of
+  // an MMA do not mix, and that one's is not written.
   __device__ __forceinline__ void activations(int kt, int slot) const {
-    u32 to = ring + slot * STAGE_BYTES + CODE_BYTES + META_BYTES + lane * 16;
+    const u32 to = ring + slot * STAGE_BYTES + CODE_BYTES + META_BYTES + lane * 16;
+    const int second = kt * 64 + 32 < in_features ? 16 : 0;
 #pragma unroll
     for (int nt = 0; nt < NT; ++nt) {
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        bool inside = x[nt] != nullptr && kt * 64 + half * 32 < in_features;
-        copy_activations(to + nt * 1024 + half * 512, inside ? x[nt] + kt * 128 + half * 64 : codes, inside ? 16 : 0);
-      }
+      const char* from = x[nt] + kt * 128;
+      copy_activations(to + nt * 1024, from, 16);
+      copy_activations(to + nt * 1024 + 512, second ? from + 64 : from, second);
     }
   }
 };
