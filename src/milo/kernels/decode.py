@@ -16,7 +16,7 @@ from milo.kernels.packed_reference import ACTIVATIONS
 MAX_EXPERTS = 1024  # local experts; the blocks' routing scratch is sized by these
 MAX_PAIRS = 1024  # (token, choice) pairs a launch; more tokens are done in turns
 _SHARED = 228 << 10  # bytes an SM of a data-centre GPU; sm_80 has 164 KiB and gets fewer blocks or stages
-_FIXED_TILES = 1.5  # the end of a unit of work, in tiles of one warp
+_FIXED_TILES = 3  # the end of a unit of work, in tiles of one warp
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -44,9 +44,9 @@ class Config:
         return ring + self.warps * self.tokens * 68 * 4 + 2 * MAX_PAIRS + 4 * items + 8
 
 
-CONFIGS = (Config(1, 8, 4, 2), Config(2, 8, 2, 2), Config(3, 8, 4, 1), Config(4, 8, 3, 1))
+CONFIGS = (Config(1, 8, 4, 2), Config(2, 8, 2, 2), Config(3, 12, 2, 1), Config(4, 8, 3, 1))
 _MAX_T_SPLITS = 4  # parts of K in which V x is computed
-_COMBINE_BYTES = 1 << 17  # of partial sums that one block adds up itself; more get a launch of their own
+_COMBINE_BYTES = 1 << 15  # of partial sums that one block adds up itself; more get a launch of their own
 
 
 def choose(tokens: int, pairs: int, experts: int) -> Config:
@@ -59,13 +59,16 @@ def choose(tokens: int, pairs: int, experts: int) -> Config:
     return CONFIGS[-1]
 
 
-def cut(active: float, row_tiles: int, k_tiles: int, config: Config, slots: int, splits: bool) -> tuple[int, int]:
+def cut(
+    active: float, row_tiles: int, k_tiles: int, v_tiles: float, config: Config, slots: int, splits: bool
+) -> tuple[int, int]:
     """How a product is spread over warps and blocks.
 
     Args:
         active: work items with work in them, expected.
         row_tiles: of one item.
         k_tiles: tiles along K.
+        v_tiles: row tiles of `V` in the same launch, which all warps of a block share.
         config: of the launch.
         slots: blocks that run at a time.
         splits: whether blocks may share a row tile.
@@ -77,9 +80,9 @@ def cut(active: float, row_tiles: int, k_tiles: int, config: Config, slots: int,
 
     def cost(choice: tuple[int, int]) -> float:
         k_warps, parts = choice
-        units = active * -(-row_tiles * k_warps // config.warps) * parts
-        work = -(-k_tiles // (k_warps * parts)) + _FIXED_TILES + 0.5 * (parts - 1)
-        return max(1.0, math.ceil(units / slots - 0.1)) * work
+        units = active * -(-row_tiles * k_warps // config.warps) * parts + v_tiles * k_warps * parts / config.warps
+        work = -(-k_tiles // (k_warps * parts)) + _FIXED_TILES + (parts - 1)
+        return math.ceil(units / slots - 0.02) * work
 
     divisors = [w for w in range(1, config.warps + 1) if config.warps % w == 0]
     choices = [(w, s) for w in divisors for s in (range(1, 9) if splits else (1,)) if s == 1 or w == config.warps]
@@ -206,7 +209,8 @@ class _Call:
             self.items = -(-self.tokens // a_tile)
         else:
             self.items = min(self.pairs, experts) + (self.pairs // a_tile if self.pairs > a_tile else 0)
-        self.active = self.items if ids is None else min(self.items, experts * (1 - (1 - 1 / experts) ** self.pairs))
+        spread = experts * (1 - max(0.0, 1 - self.topk / experts) ** self.tokens)  # experts that balanced routing meets
+        self.active = self.items if ids is None else min(self.items, spread)
         self.routing = _Routing(
             _address(ids), _address(expert_map), int(ids is not None and ids.dtype == torch.int64),
             0 if expert_map is None else expert_map.shape[0], self.pairs, experts,
@@ -216,7 +220,7 @@ class _Call:
     def moe_ffn(self, gate_up: PackedMatrix, down: PackedMatrix, activation: int) -> None:
         kernels, threads = self._of(gate_up), self.config.threads
         row_tiles = down.codes.shape[1]
-        k_warps, splits = cut(self.active, row_tiles, down.codes.shape[2], self.config, kernels.blocks, True)
+        k_warps, splits = self._cut(down, kernels, True)
         counters = row_tiles + 2 * self.items  # arrivals at row tiles; finished V of the first and the second matrix
         workspace = _Workspace(
             self.x.device,
@@ -228,7 +232,7 @@ class _Call:
         )
         first = self._params(gate_up, self.x.data_ptr(), workspace["h"], self.topk, workspace["t_up"], 1)
         first.activation = activation
-        first.k_warps, _ = cut(self.active, *gate_up.codes.shape[1:3], self.config, kernels.blocks, False)
+        first.k_warps, _ = self._cut(gate_up, kernels, False)
         self._clear(kernels, first, workspace["counters"], counters)
         kernels.gate_up(self._blocks(kernels, first), threads, first, early=gate_up.v_row_tiles > 0)
 
@@ -236,13 +240,14 @@ class _Call:
         last = self._params(down, workspace["h"], self.out.data_ptr(), 1, workspace["t_down"], splits)
         last.partial, last.arrivals, last.k_warps = workspace["partial"], workspace["counters"], k_warps
         last.v_done = workspace["counters"] + 4 * (row_tiles + self.items)
-        last.choice_weights, last.choice_weight_type = _address(self.weights), _DTYPES.index(self.weights.dtype)
+        if self.weights is not None:
+            last.choice_weights, last.choice_weight_type = self.weights.data_ptr(), _DTYPES.index(self.weights.dtype)
         self._down(kernels, last, early=True)
 
     def linear(self, weight: PackedMatrix, bias: torch.Tensor | None) -> None:
         kernels = self._of(weight)
-        row_tiles, k_tiles = weight.codes.shape[1:3]
-        k_warps, splits = cut(self.active, row_tiles, k_tiles, self.config, kernels.blocks, True)
+        row_tiles = weight.codes.shape[1]
+        k_warps, splits = self._cut(weight, kernels, True)
         counters = row_tiles + self.items
         workspace = _Workspace(
             self.x.device,
@@ -257,6 +262,14 @@ class _Call:
         params.to_clear, params.clear_count = workspace["counters"], counters
         kernels.clear(1, self.config.threads, params)
         self._down(kernels, params, early=True)
+
+    def _cut(self, weight: PackedMatrix, kernels: _Kernels, splits: bool) -> tuple[int, int]:
+        row_tiles, k_tiles = weight.codes.shape[1:3]
+        v_tiles = self.active * weight.v_row_tiles
+        return cut(self.active, row_tiles, k_tiles, v_tiles, self.config, kernels.blocks, splits)
+
+    def _t_splits(self, k_tiles: int) -> int:
+        return max(1, min(_MAX_T_SPLITS, k_tiles // (4 * self.config.warps)))
 
     def _clear(self, kernels: _Kernels, params: _Params, counters: int, count: int) -> None:
         """Zero the counters: the first kernel does it where it needs none itself."""
@@ -294,7 +307,7 @@ class _Call:
             v=_Matrix(weight.v_codes.data_ptr(), weight.v_meta.data_ptr(), k_tiles, k_tiles, 0),
             compensator=_Compensator(
                 weight.u_codes.data_ptr(), weight.u_scales.data_ptr(), weight.table.data_ptr(), t,
-                TILE * weight.v_row_tiles, max(1, min(_MAX_T_SPLITS, k_tiles // (4 * self.config.warps))),
+                TILE * weight.v_row_tiles, self._t_splits(k_tiles),
             ),
         )  # fmt: skip
         params.x, params.out = x, out

@@ -68,7 +68,8 @@ class PackedMatrix:
     @classmethod
     def of(cls, tensors: Sequence[torch.Tensor], numbers: Sequence[int]) -> PackedMatrix:
         """Inverse of (`tensors`, `numbers`), which is how a matrix passes through an operator's signature."""
-        return cls(*tensors, *numbers)
+        codes, meta, u_codes, u_scales, v_codes, v_meta, table = tensors
+        return cls(codes, meta, u_codes, u_scales, v_codes, v_meta, table, *numbers)
 
     @property
     def nbytes(self) -> int:

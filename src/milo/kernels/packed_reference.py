@@ -91,6 +91,6 @@ def _codes(words: torch.Tensor, bits: int) -> torch.Tensor:
         for p in range(a_word):
             pairs.append(torch.stack([(words[..., j] >> (bits * p + 16 * e)) & mask for e in range(2)], -1))
     if bits == 3:
-        stray = [sum(((words[..., j] >> (15 + 16 * e)) & 1) << j for j in range(3)) for e in range(2)]
-        pairs.append(torch.stack(stray, -1))
+        spread = torch.stack([(words >> (15 + 16 * e)) & 1 for e in range(2)], -1)  # a bit of the code in each word
+        pairs.append(spread[..., 0, :] | spread[..., 1, :] << 1 | spread[..., 2, :] << 2)
     return torch.stack(pairs, -2)

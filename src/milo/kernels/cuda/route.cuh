@@ -60,7 +60,8 @@ struct Table {
     }
     __syncthreads();
     if (warp == 0) {  // a lane takes a run of experts: counts become places, and the items are listed
-      const int run = (r.experts + WARP - 1) / WARP, first = min(lane * run, r.experts), last = min(first + run, r.experts);
+      const int run = (r.experts + WARP - 1) / WARP;
+      const int first = min(lane * run, r.experts), last = min(first + run, r.experts);
       int total = 0, tiles = 0;
       for (int e = first; e < last; ++e) total += counts[e], tiles += (counts[e] + TOKENS - 1) / TOKENS;
       int place = total, item = tiles;
