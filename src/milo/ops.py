@@ -5,6 +5,9 @@ them without ever expanding the weights. Both are `torch.library` custom operato
 `torch.ops.milo.moe_ffn`) with fake implementations: they work under `torch.compile` and in CUDA graphs, never
 synchronise, and give the same bits at every run. On a CPU, or for activations the kernels do not take, they compute
 the same function in plain PyTorch.
+
+The first call of a kind (dtype, bits, group size, range of tokens) compiles for a few seconds unless the cache on disk
+has it; make it before a graph is captured.
 """
 
 from __future__ import annotations

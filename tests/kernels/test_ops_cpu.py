@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from matrices import random_matrix
 
+from matrices import random_matrix
 from milo import ops
 from milo.format.matrix import Encoding
 from milo.kernels import decode, reference
