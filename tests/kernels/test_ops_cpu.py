@@ -76,3 +76,15 @@ def test_support_says_why_not() -> None:
     fits, reason = decode.supports(torch.device("cpu"), torch.float16)
     assert not fits
     assert "reference" in reason
+
+
+@pytest.mark.parametrize("bits", [3, 4])
+@pytest.mark.parametrize("halves", [1, 2])
+def test_configurations_fit_into_shared_memory(bits: int, halves: int) -> None:
+    sm_90 = [decode.fit(c, bits, halves, 228 << 10) for c in decode.CONFIGS]
+    assert None not in sm_90
+    if (bits, halves) == (3, 1):
+        assert tuple(sm_90) == decode.CONFIGS
+    sm_80 = [c for c in decode.CONFIGS if decode.fit(c, bits, halves, 164 << 10)]
+    assert sm_80
+    assert decode.choose(500, 1000, 8, sm_80) == sm_80[-1]

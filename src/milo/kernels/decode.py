@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 
@@ -15,7 +16,8 @@ from milo.kernels.packed_reference import ACTIVATIONS
 
 MAX_EXPERTS = 1024  # local experts; the blocks' routing scratch is sized by these
 MAX_PAIRS = 1024  # (token, choice) pairs a launch; more tokens are done in turns
-_SHARED = 228 << 10  # bytes an SM of a data-centre GPU; sm_80 has 164 KiB and gets fewer blocks or stages
+_SHARED = 228 << 10  # bytes of shared memory an SM of sm_90 has
+_RESERVED = 1024  # of them, what a block takes beyond its own
 _FIXED_TILES = 3  # the end of a unit of work, in tiles of one warp
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -49,14 +51,24 @@ _MAX_T_SPLITS = 4  # parts of K in which V x is computed
 _COMBINE_BYTES = 1 << 15  # of partial sums that one block adds up itself; more get a launch of their own
 
 
-def choose(tokens: int, pairs: int, experts: int) -> Config:
+def fit(config: Config, bits: int, halves: int, shared: int) -> Config | None:
+    """`config` with as many ring stages as `shared` bytes an SM allow, one block an SM if it must be; None if none."""
+    for blocks in (config.blocks, 1):
+        for stages in range(config.stages, 1, -1):
+            fitted = replace(config, stages=stages, blocks=blocks)
+            if fitted.shared_bytes(bits, halves) <= shared // blocks - _RESERVED:
+                return fitted
+    return None
+
+
+def choose(tokens: int, pairs: int, experts: int, configs: Sequence[Config] = CONFIGS) -> Config:
     """Tiles wide enough for most experts in one pass over their weights, and no wider."""
     mean = pairs / experts
-    for config in CONFIGS:
+    for config in configs:
         spread = 2 * mean**0.5  # two standard deviations of a balanced router's counts
         if tokens <= config.tokens or mean + spread <= config.tokens:
             return config
-    return CONFIGS[-1]
+    return configs[-1]
 
 
 def cut(
@@ -125,8 +137,6 @@ class _Params(ctypes.Structure):
 
 class _Kernels:
     def __init__(self, config: Config, bits: int, halves: int, b16: bool, device: int) -> None:
-        while config.shared_bytes(bits, halves) > _SHARED // config.blocks - 1024 and config.stages > 2:
-            config = replace(config, stages=config.stages - 1)
         macros = {
             "MILO_BF16": int(b16), "MILO_BITS": bits, "MILO_HALVES": halves, "MILO_NT": config.token_tiles,
             "MILO_WARPS": config.warps, "MILO_STAGES": config.stages, "MILO_BLOCKS": config.blocks,
@@ -137,6 +147,13 @@ class _Kernels:
         self.gate_up, self.down = module.kernel("gate_up", shared), module.kernel("down", shared)
         self.clear, self.combine = module.kernel("clear", 0), module.kernel("combine", 0)
         self.blocks = config.blocks * torch.cuda.get_device_properties(device).multi_processor_count
+
+
+@cache
+def _fitting(configs: tuple[Config, ...], bits: int, halves: int, device: int) -> tuple[Config, ...]:
+    properties = torch.cuda.get_device_properties(device)
+    shared = getattr(properties, "shared_memory_per_multiprocessor", _SHARED)
+    return tuple(fitted for c in configs if (fitted := fit(c, bits, halves, shared)))
 
 
 @cache
@@ -162,7 +179,7 @@ def linear(
     out = torch.empty(x.shape[0], weight.out_features, dtype=x.dtype, device=x.device)
     for first in range(0, x.shape[0], MAX_PAIRS):
         rows = slice(first, first + MAX_PAIRS)
-        _Call(x[rows], out[rows], None, None, None, 1, config).linear(weight, bias)
+        _Call(x[rows], out[rows], None, None, None, weight, config).linear(weight, bias)
     return out
 
 
@@ -181,7 +198,7 @@ def moe_ffn(
     turn = max(1, MAX_PAIRS // topk_ids.shape[1])
     for first in range(0, x.shape[0], turn):
         rows = slice(first, first + turn)
-        call = _Call(x[rows], out[rows], topk_ids[rows], topk_weights[rows], expert_map, gate_up.codes.shape[0], config)
+        call = _Call(x[rows], out[rows], topk_ids[rows], topk_weights[rows], expert_map, gate_up, config)
         call.moe_ffn(gate_up, down, ACTIVATIONS.index(activation))
     return out
 
@@ -196,14 +213,16 @@ class _Call:
         ids: torch.Tensor | None,
         weights: torch.Tensor | None,
         expert_map: torch.Tensor | None,
-        experts: int,
+        first: PackedMatrix,
         config: Config | None,
     ) -> None:
+        experts = first.codes.shape[0]
         self.x, self.out = x, out
         self.tokens = x.shape[0]
         self.topk = 1 if ids is None else ids.shape[1]
         self.pairs = self.tokens * self.topk
-        self.config = config or choose(self.tokens, self.pairs, experts)
+        configs = _fitting((config,) if config else CONFIGS, first.bits, first.halves, x.device.index)
+        self.config = choose(self.tokens, self.pairs, experts, configs)
         a_tile = self.config.tokens
         if ids is None:
             self.items = -(-self.tokens // a_tile)
