@@ -17,6 +17,7 @@ import milo
 from milo.checkpoint.compressed import FORMAT_VERSION, QUANT_METHOD
 from milo.cli.console import out, print_json, size
 from milo.cli.options import JsonOption
+from milo.kernels import decode
 
 _PACKAGES = (
     "torch",
@@ -60,7 +61,13 @@ def examine() -> dict[str, Any]:
 
 def kernels() -> list[dict[str, Any]]:
     """Every implementation of the compressed matrix product, whether it runs here, and why (not)."""
+    fits, reason = decode.supports(torch.device("cuda"), torch.float16)
     return [
+        {
+            "kernel": "int3/int4 decode (milo.ops)",
+            "runs": fits,
+            "reason": "CUDA, compiled at first use; best for few tokens an expert" if fits else reason,
+        },
         {
             "kernel": "reference",
             "runs": True,

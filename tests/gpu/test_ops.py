@@ -1,0 +1,227 @@
+"""The CUDA operators against float64, on fresh random matrices at ragged sizes.
+
+Bounds, relative to the reference: over the whole; for every row (token) and column (out-feature) of at least 16, twice
+that; for the worst element, |Δ| over the largest magnitude of the reference.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from matrices import random_matrix
+from milo import ops
+from milo.format.matrix import Encoding
+from milo.kernels import decode, reference
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+NORM = {torch.float16: 2e-3, torch.bfloat16: 8e-3}
+WORST = 8  # the worst element's bound, as a multiple of the bound by norm: rounding to 16 bits alone reaches 4
+DTYPES = [torch.float16, torch.bfloat16]
+
+
+def check(y: torch.Tensor, expected: torch.Tensor) -> None:
+    y, expected, bound = y.double().cpu(), expected.cpu(), NORM[y.dtype]
+    assert y.shape == expected.shape
+    assert not y.isnan().any()
+    delta, size = y - expected, expected.norm() / expected.numel() ** 0.5
+    assert delta.norm() <= bound * expected.norm()
+    for dim in (0, 1):
+        if expected.shape[dim] < 16:
+            continue  # a norm over so few is judged as single elements are
+        typical = size * expected.shape[dim] ** 0.5
+        assert (delta.norm(dim=dim) <= 2 * bound * expected.norm(dim=dim).clamp(min=typical)).all()
+    assert delta.abs().max() <= WORST * bound * expected.abs().max().clamp(min=size)
+
+
+def dense(matrix: dict[str, torch.Tensor], encoding: Encoding, shape: tuple[int, int]) -> torch.Tensor:
+    """`Ŵ` in float64, from the neutral layout."""
+    weight = reference.dequantize(matrix, encoding, shape[1]).double()
+    u = reference.factor(matrix, encoding, "lowrank_u", shape[0])
+    v = reference.factor(matrix, encoding, "lowrank_v", shape[1])
+    return weight if u is None or v is None else weight + u.double().T @ v.double()
+
+
+def experts_of(
+    shape: tuple[int, int], ranks: list[int], encoding: Encoding, seed: int
+) -> tuple[list[dict[str, torch.Tensor]], list[torch.Tensor]]:
+    generator = torch.Generator().manual_seed(seed)
+    matrices = [random_matrix(shape, rank, encoding, generator) for rank in ranks]
+    return matrices, [dense(m, encoding, shape) for m in matrices]
+
+
+class Block:
+    """An MoE FFN with random weights: packed on the GPU, and dense in float64."""
+
+    def __init__(self, hidden: int, inner: int, ranks: list[list[int]], encoding: Encoding, seed: int = 0) -> None:
+        shapes = [(inner, hidden), (inner, hidden), (hidden, inner)]
+        made = [experts_of(s, r, encoding, seed + i) for i, (s, r) in enumerate(zip(shapes, ranks, strict=True))]
+        on_gpu = [[{n: t.cuda() for n, t in m.items()} for m in matrices] for matrices, _ in made]
+        self.gate_up = ops.repack(on_gpu[:2], encoding, shapes[0])
+        self.down = ops.repack(on_gpu[2:], encoding, shapes[2])
+        self.weights = [w for _, w in made]
+
+    def expected(
+        self, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, activation: str = "silu"
+    ) -> torch.Tensor:
+        x, ids, weights = x.double().cpu(), ids.cpu(), weights.double().cpu()
+        act = {"silu": F.silu, "gelu": F.gelu, "gelu_tanh": lambda g: F.gelu(g, approximate="tanh")}[activation]
+        out = torch.zeros_like(x)
+        for expert, (gate, up, down) in enumerate(zip(*self.weights, strict=True)):
+            token, choice = torch.where(ids == expert)
+            h = act(x[token] @ gate.T) * (x[token] @ up.T)
+            out.index_add_(0, token, h @ down.T * weights[token, choice, None])
+        return out
+
+
+def route(tokens: int, experts: int, topk: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    torch.manual_seed(seed)
+    weights, ids = torch.rand(tokens, experts).softmax(-1).topk(topk)
+    return ids.cuda(), weights.cuda()
+
+
+RANKS = [0, 1, 8, 17, 32, 0, 33, 16]
+
+
+@pytest.fixture(scope="module")
+def block() -> Block:
+    return Block(256, 224, [RANKS, RANKS[1:] + RANKS[:1], RANKS[2:] + RANKS[:2]], Encoding())
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("tokens", [1, 2, 3, 7, 8, 9, 16, 17, 33, 64, 65, 130, 300])
+def test_moe_tokens(block: Block, dtype: torch.dtype, tokens: int) -> None:
+    x = torch.randn(tokens, 256, device="cuda", dtype=dtype)
+    ids, weights = route(tokens, 8, 2, tokens)
+    check(ops.moe_ffn(x, block.gate_up, block.down, ids, weights), block.expected(x, ids, weights))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("config", decode.CONFIGS)
+@pytest.mark.parametrize("tokens", [1, 5, 40])
+def test_moe_every_configuration(block: Block, dtype: torch.dtype, config: decode.Config, tokens: int) -> None:
+    x = torch.randn(tokens, 256, device="cuda", dtype=dtype)
+    ids, weights = route(tokens, 8, 3, tokens)
+    y = decode.moe_ffn(x, block.gate_up, block.down, ids, weights, "silu", None, config)
+    check(y, block.expected(x, ids, weights))
+
+
+@pytest.mark.parametrize("bits", [3, 4])
+@pytest.mark.parametrize("group_size", [32, 64, 128])
+@pytest.mark.parametrize("shape", [(96, 160), (352, 96), (160, 544)])
+def test_moe_encodings(bits: int, group_size: int, shape: tuple[int, int]) -> None:
+    made = Block(*shape, [[0, 5], [16, 0], [40, 3]], Encoding(bits=bits, group_size=group_size))
+    for tokens in (1, 11, 20):
+        x = torch.randn(tokens, shape[0], device="cuda", dtype=torch.bfloat16)
+        ids, weights = route(tokens, 2, 1)
+        check(ops.moe_ffn(x, made.gate_up, made.down, ids, weights), made.expected(x, ids, weights))
+
+
+@pytest.mark.parametrize("activation", ["silu", "gelu", "gelu_tanh"])
+def test_moe_activations(block: Block, activation: str) -> None:
+    x = torch.randn(6, 256, device="cuda", dtype=torch.float16)
+    ids, weights = route(6, 8, 2)
+    y = ops.moe_ffn(x, block.gate_up, block.down, ids, weights, activation)
+    check(y, block.expected(x, ids, weights, activation))
+
+
+def test_moe_one_expert_takes_all_and_ids_may_repeat(block: Block) -> None:
+    x = torch.randn(50, 256, device="cuda", dtype=torch.float16)
+    ids = torch.full((50, 2), 3, device="cuda", dtype=torch.int32)
+    weights = torch.rand(50, 2, device="cuda")
+    check(ops.moe_ffn(x, block.gate_up, block.down, ids, weights), block.expected(x, ids, weights))
+    few = slice(0, 9)
+    y = ops.moe_ffn(x[few], block.gate_up, block.down, ids[few], weights[few])
+    check(y, block.expected(x[few], ids[few], weights[few]))
+
+
+@pytest.mark.parametrize("tokens", [2, 40])
+def test_moe_expert_map(block: Block, tokens: int) -> None:
+    """Half of the global experts are elsewhere; ids out of range are skipped too."""
+    x = torch.randn(tokens, 256, device="cuda", dtype=torch.bfloat16)
+    ids, weights = route(tokens, 16, 4)
+    ids[0, 0] = 99
+    table = torch.full((16,), -1, dtype=torch.int32)
+    table[1::2] = torch.arange(8, dtype=torch.int32).flip(0)
+    local = torch.where(ids.cpu() < 16, table[ids.cpu().clamp(max=15)].long(), -1)
+    y = ops.moe_ffn(x, block.gate_up, block.down, ids, weights, expert_map=table.cuda())
+    check(y, block.expected(x, local, weights))
+
+
+def test_moe_no_local_expert_gives_zeros(block: Block) -> None:
+    x = torch.randn(4, 256, device="cuda", dtype=torch.float16)
+    ids = torch.full((4, 2), -1, device="cuda")
+    assert not ops.moe_ffn(x, block.gate_up, block.down, ids, torch.rand(4, 2, device="cuda")).any()
+
+
+def test_moe_weights_in_16_bits(block: Block) -> None:
+    x = torch.randn(5, 256, device="cuda", dtype=torch.bfloat16)
+    ids, weights = route(5, 8, 2)
+    weights = weights.bfloat16()
+    check(ops.moe_ffn(x, block.gate_up, block.down, ids, weights), block.expected(x, ids, weights))
+
+
+def test_moe_many_experts() -> None:
+    made = Block(128, 64, [[3] * 100, [0] * 100, [16] * 100], Encoding())
+    for tokens in (1, 30, 64):
+        x = torch.randn(tokens, 128, device="cuda", dtype=torch.float16)
+        ids, weights = route(tokens, 100, 8)
+        check(ops.moe_ffn(x, made.gate_up, made.down, ids, weights), made.expected(x, ids, weights))
+
+
+def test_moe_repeats_bit_for_bit_and_in_a_graph(block: Block) -> None:
+    x = torch.randn(40, 256, device="cuda", dtype=torch.float16)
+    ids, weights = route(40, 8, 2)
+    first = ops.moe_ffn(x, block.gate_up, block.down, ids, weights)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = ops.moe_ffn(x, block.gate_up, block.down, ids, weights)
+    for _ in range(20):
+        graph.replay()
+        assert torch.equal(first, captured)
+        assert torch.equal(first, ops.moe_ffn(x, block.gate_up, block.down, ids, weights))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rank", [0, 1, 8, 17, 32, 1024])
+@pytest.mark.parametrize("tokens", [1, 8, 33, 300])
+def test_linear(dtype: torch.dtype, rank: int, tokens: int) -> None:
+    shape, encoding = (416, 1120), Encoding()
+    (matrix,), (weight,) = experts_of(shape, [rank], encoding, rank)
+    packed = ops.repack([[{n: t.cuda() for n, t in matrix.items()}]], encoding, shape)
+    x = torch.randn(tokens, shape[1], device="cuda", dtype=dtype)
+    bias = torch.randn(shape[0], device="cuda", dtype=dtype)
+    check(ops.linear(x, packed), x.double().cpu() @ weight.T)
+    check(ops.linear(x, packed, bias), x.double().cpu() @ weight.T + bias.double().cpu())
+
+
+def test_large_activations_keep_their_precision() -> None:
+    """Means far from zero stress the zero-point correction; large values stress the range of fp16."""
+    shape, encoding = (128, 512), Encoding()
+    (matrix,), (weight,) = experts_of(shape, [32], encoding, 7)
+    packed = ops.repack([[{n: t.cuda() for n, t in matrix.items()}]], encoding, shape)
+    for scale, shift in ((1e-3, 0), (1, 5), (1000, 0)):
+        x = (torch.randn(4, 512, device="cuda") * scale + shift).half()
+        check(ops.linear(x, packed), x.double().cpu() @ weight.T)
+
+
+@pytest.mark.parametrize("op", ["linear", "moe_ffn"])
+def test_compiles_without_a_graph_break(block: Block, op: str) -> None:
+    x = torch.randn(4, 256, device="cuda", dtype=torch.bfloat16)
+    ids, weights = route(4, 8, 2)
+    encoding = Encoding()
+    (matrix,), _ = experts_of((64, 256), [8], encoding, 1)
+    packed = ops.repack([[{n: t.cuda() for n, t in matrix.items()}]], encoding, (64, 256))
+
+    def call(x: torch.Tensor) -> torch.Tensor:
+        if op == "linear":
+            return ops.linear(x, packed) * 2
+        return ops.moe_ffn(x, block.gate_up, block.down, ids, weights) * 2
+
+    compiled = torch.compile(call, fullgraph=True, mode="reduce-overhead")
+    for _ in range(3):
+        torch.testing.assert_close(compiled(x).clone(), call(x), rtol=0, atol=0)

@@ -1,0 +1,90 @@
+"""The operators without a GPU: the PyTorch path, the fakes, and what is refused."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from matrices import random_matrix
+from milo import ops
+from milo.format.matrix import Encoding
+from milo.kernels import decode, reference
+
+ENCODING = Encoding()
+
+
+def stack(shape: tuple[int, int], ranks: list[int]) -> list[dict[str, torch.Tensor]]:
+    generator = torch.Generator().manual_seed(shape[0])
+    return [random_matrix(shape, rank, ENCODING, generator) for rank in ranks]
+
+
+@pytest.fixture(scope="module")
+def block() -> tuple[list[list[dict[str, torch.Tensor]]], ops.PackedMatrix, ops.PackedMatrix]:
+    gate, up, down = stack((96, 128), [0, 3, 17]), stack((96, 128), [5, 0, 0]), stack((128, 96), [0, 2, 32])
+    first = ops.repack([gate, up], ENCODING, (96, 128))
+    return [gate, up, down], first, ops.repack([down], ENCODING, (128, 96))
+
+
+def test_linear_equals_the_reference() -> None:
+    (matrix,) = stack((96, 160), [9])
+    x, bias = torch.randn(2, 3, 160), torch.randn(96)
+    expected = reference.linear(x, matrix, ENCODING, (96, 160), bias)
+    y = ops.linear(x, ops.repack([[matrix]], ENCODING, (96, 160)), bias)
+    torch.testing.assert_close(y, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_moe_ffn_equals_the_sum_over_experts(block: tuple) -> None:
+    (gate, up, down), first, second = block
+    x, ids, weights = torch.randn(7, 128), torch.randint(0, 4, (7, 2)), torch.rand(7, 2)  # id 3 is nowhere
+    expected = torch.zeros_like(x)
+    for token in range(7):
+        for choice in range(2):
+            e = int(ids[token, choice])
+            if e == 3:
+                continue
+            row = x[token]
+            h = torch.nn.functional.silu(reference.linear(row, gate[e], ENCODING, (96, 128)))
+            h = h * reference.linear(row, up[e], ENCODING, (96, 128))
+            expected[token] += weights[token, choice] * reference.linear(h, down[e], ENCODING, (128, 96))
+    torch.testing.assert_close(ops.moe_ffn(x, first, second, ids, weights), expected, atol=1e-4, rtol=1e-4)
+    mapped = ops.moe_ffn(x, first, second, ids, weights, expert_map=torch.tensor([0, 1, 2, -1], dtype=torch.int32))
+    torch.testing.assert_close(mapped, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_fakes_have_the_right_shapes(block: tuple) -> None:
+    _, first, second = block
+    arguments = (first.tensors, first.numbers, second.tensors, second.numbers)
+    x, ids, weights = torch.randn(4, 128), torch.randint(0, 3, (4, 2)), torch.rand(4, 2)
+    torch.library.opcheck(torch.ops.milo.moe_ffn.default, (x, *arguments, ids, weights, "silu", None))
+    torch.library.opcheck(torch.ops.milo.linear.default, (torch.randn(4, 96), second.tensors, second.numbers, None))
+
+
+def test_what_does_not_fit_is_refused(block: tuple) -> None:
+    _, first, second = block
+    x, ids, weights = torch.randn(4, 128), torch.randint(0, 3, (4, 2)), torch.rand(4, 2)
+    with pytest.raises(ValueError, match="activation"):
+        ops.moe_ffn(x, first, second, ids, weights, "relu")
+    with pytest.raises(ValueError, match="do not fit"):
+        ops.moe_ffn(x[:, :64], first, second, ids, weights)
+    with pytest.raises(ValueError, match="int32 or int64"):
+        ops.moe_ffn(x, first, second, ids.float(), weights)
+    with pytest.raises(ValueError, match="one matrix"):
+        ops.linear(x, second)
+
+
+def test_support_says_why_not() -> None:
+    fits, reason = decode.supports(torch.device("cpu"), torch.float16)
+    assert not fits
+    assert "reference" in reason
+
+
+@pytest.mark.parametrize("bits", [3, 4])
+@pytest.mark.parametrize("halves", [1, 2])
+def test_configurations_fit_into_shared_memory(bits: int, halves: int) -> None:
+    sm_90 = [decode.fit(c, bits, halves, 228 << 10) for c in decode.CONFIGS]
+    assert None not in sm_90
+    if (bits, halves) == (3, 1):
+        assert tuple(sm_90) == decode.CONFIGS
+    sm_80 = [c for c in decode.CONFIGS if decode.fit(c, bits, halves, 164 << 10)]
+    assert sm_80
+    assert decode.choose(500, 1000, 8, sm_80) == sm_80[-1]
