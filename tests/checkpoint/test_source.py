@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import damage
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 import builders
+import damage
 from milo.checkpoint.source import Checkpoint, read_metadata
 from milo.errors import CheckpointError
 
