@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from milo.checkpoint.inventory import Kind
 from milo.checkpoint.source import Checkpoint, load_json, read_metadata
 from milo.checkpoint.writer import UNFINISHED
 from milo.errors import CheckpointError, FormatError
@@ -76,19 +77,16 @@ class CompressedCheckpoint(Checkpoint):
 
     def matrix(self, row: Row, member: int) -> dict[str, torch.Tensor]:
         """The stored tensors of one matrix, by suffix (`weight_packed`, ...), cut out of a stack if need be."""
-        if row.matrices() == [row.name] and len(row.ranks) > 1:
-            first = sum(row.ranks[:member])
-            cut = {}
-            for name in row.tensors():
-                suffix, tensor = name.removeprefix(row.name + "."), self.read(name)
-                factor = suffix.startswith("lowrank")
-                cut[suffix] = tensor[first : first + row.ranks[member]] if factor else tensor[member]
-            return cut
-        prefix = row.matrices()[member] + "."
-        specs = row.encoding.tensors(row.shape, row.ranks[member])
-        tensors = {suffix: self.read(prefix + suffix) for suffix in specs}
-        stacked = row.kind == "stack"  # a stack of one
-        return {s: t[0] if stacked and not s.startswith("lowrank") else t for s, t in tensors.items()}
+        if row.kind is not Kind.STACK:
+            prefix = row.matrices()[member] + "."
+            return {suffix: self.read(prefix + suffix) for suffix in row.encoding.tensors(row.shape, row.ranks[member])}
+        first = sum(row.ranks[:member])
+        cut = {}
+        for name in row.tensors():
+            suffix, tensor = name.removeprefix(row.name + "."), self.read(name)
+            factor = suffix.startswith("lowrank")
+            cut[suffix] = tensor[first : first + row.ranks[member]] if factor else tensor[member]
+        return cut
 
     def weight(self, row: Row, member: int) -> torch.Tensor:
         """The reconstructed matrix `Ŵ`, float32 `[N, K]`."""

@@ -126,7 +126,6 @@ class Inventory:
 
 MIN_COVERAGE = 0.95
 _FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3")
-_FOREIGN_QUANTIZATION = "quant_method"
 
 
 def take_inventory(
@@ -252,10 +251,10 @@ def _check_coverage(inventory: Inventory, model: str) -> None:
 
 
 def _refuse_quantized(config: Mapping[str, Any], model: str) -> None:
-    method = (config.get("quantization_config") or {}).get(_FOREIGN_QUANTIZATION)
+    method = (config.get("quantization_config") or {}).get("quant_method")
     if method not in (None, "fp8"):
         raise UnsupportedModelError(
-            f"{model} is already quantised ({_FOREIGN_QUANTIZATION}: {method}); start from the original checkpoint"
+            f"{model} is already quantised (quant_method: {method}); start from the original checkpoint"
         )
 
 

@@ -124,7 +124,7 @@ class Checkpoint:
 
     def _files(self) -> list[Path]:
         if (self.folder / INDEX).exists():
-            names = sorted(set(self._weight_map().values()))
+            names = sorted(set(self._weight_map.values()))
             missing = [n for n in names if not (self.folder / n).exists()]
             if missing:
                 raise CheckpointError(f"{self.folder} lacks {', '.join(missing[:3])}; finish the download")
@@ -138,6 +138,7 @@ class Checkpoint:
             )
         raise CheckpointError(f"{self.folder} has neither {SINGLE} nor {INDEX}; is it a model folder?")
 
+    @cached_property
     def _weight_map(self) -> dict[str, str]:
         weight_map = load_json(self.folder / INDEX).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
@@ -147,7 +148,7 @@ class Checkpoint:
     def _check_index(self) -> None:
         if not (self.folder / INDEX).exists():
             return
-        for name, file in self._weight_map().items():
+        for name, file in self._weight_map.items():
             if name not in self.tensors or self.tensors[name].file.name != file:
                 raise CheckpointError(f"{INDEX} says {file} holds {name}, but it does not; download it again")
 

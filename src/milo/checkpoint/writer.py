@@ -101,8 +101,9 @@ class FolderWriter:
         self._written: dict[str, int] = {}
         self._open: dict[str, BinaryIO] = {}
         with explained(folder):
+            check_output(folder, overwrite)
             folder.mkdir(parents=True, exist_ok=True)
-            _make_room(folder, overwrite)
+            _clear(folder)
             needed, free = sum(shard.nbytes for shard in shards), shutil.disk_usage(folder).free
             if needed > free:
                 raise CheckpointError(
@@ -200,13 +201,22 @@ def write_atomically(path: Path, text: str) -> None:
     os.replace(temporary, path)
 
 
-def _make_room(folder: Path, overwrite: bool) -> None:
-    present = [p for p in folder.iterdir() if p.name != UNFINISHED]
-    if not present:
+def check_output(folder: Path, overwrite: bool) -> None:
+    """Refuse a folder that holds something else than an unfinished run's leftovers.
+
+    Raises:
+        CheckpointError: so it does, and `overwrite` does not allow it.
+    """
+    if overwrite or not folder.exists() or (folder / UNFINISHED).exists():
         return
-    if not (folder / UNFINISHED).exists() and not overwrite:
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder} is a file; choose another output folder")
+    if any(folder.iterdir()):
         raise CheckpointError(f"{folder} is not empty; choose another output folder or pass --overwrite")
-    for path in present:
+
+
+def _clear(folder: Path) -> None:
+    for path in folder.iterdir():
         if path.suffix == ".safetensors" or path.suffix == _TEMPORARY or path.name in (INDEX, "config.json"):
             path.unlink()
 

@@ -37,7 +37,7 @@ from milo.evaluate.folder import load_model, load_tokenizer
 from milo.evaluate.text import load_text, tokenize
 from milo.integrations.transformers.routing import routing_counts
 from milo.integrations.transformers.source import open_source
-from milo.pipeline.compress import MAX_SHARD_SIZE, compress_checkpoint, lay_out_checkpoint
+from milo.pipeline.compress import MAX_SHARD_SIZE, check_destination, compress_checkpoint, lay_out_checkpoint
 from milo.pipeline.planning import Source, peak_bytes, plan_source
 from milo.plan.plan import Plan, Row
 from milo.plan.recipe import DEFAULT, Recipe
@@ -98,6 +98,7 @@ def quantize(
     """Compress MODEL into a folder that transformers loads; no calibration data, shard by shard."""
     knobs = Knobs(recipe, ranks, bits, group_size, grid, rounds, factor, scale_bits, zero_bits)
     source = open_source(model)
+    check_destination(source.checkpoint, output, overwrite)
     made = _make_plan(source, knobs.for_model(source.checkpoint.config), counts)
     say(
         f"{made.parameters:,} weights in {len(made.rows):,} groups, {size(made.nbytes)} "

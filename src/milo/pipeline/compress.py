@@ -21,7 +21,7 @@ import milo
 from milo.checkpoint.compressed import DIGEST_KEY, FORMAT_VERSION, QUANT_METHOD, REPORT
 from milo.checkpoint.inventory import Inventory, Kind
 from milo.checkpoint.source import INDEX, Checkpoint
-from milo.checkpoint.writer import FolderWriter, Shard, Unit, explained, lay_out
+from milo.checkpoint.writer import FolderWriter, Shard, Unit, check_output, explained, lay_out
 from milo.errors import CheckpointError
 from milo.format.matrix import TensorSpec
 from milo.pipeline.card import model_card
@@ -119,8 +119,7 @@ def compress_checkpoint(
         CheckpointError: unreadable source, output not empty, disk full.
         WeightError: NaN or Inf in a matrix.
     """
-    if Path(out).resolve() == source.folder.resolve():  # `overwrite` would delete what is about to be read
-        raise CheckpointError(f"{out} is the source itself; choose another output folder")
+    check_destination(source, Path(out), overwrite)
     begin = time.perf_counter()
     shards = lay_out_checkpoint(source, inventory, plan, max_shard_size)
     writer = FolderWriter(Path(out), shards, overwrite)
@@ -172,6 +171,17 @@ def _solve_all(
                 yield (first := flying.popleft())[0], first[1], first[2].result()
         finally:  # after an error or Ctrl-C nobody waits for pieces that are being solved, and no other begins
             pool.shutdown(wait=False, cancel_futures=True)
+
+
+def check_destination(source: Checkpoint, out: Path, overwrite: bool) -> None:
+    """Refuse an output folder before any work is done for it.
+
+    Raises:
+        CheckpointError: it is the source itself (which `overwrite` would delete), or holds something else.
+    """
+    if out.resolve() == source.folder.resolve():
+        raise CheckpointError(f"{out} is the source itself; choose another output folder")
+    check_output(out, overwrite)
 
 
 def write_matrix(writer: FolderWriter, row: Row, member: int, tensors: Mapping[str, torch.Tensor]) -> None:

@@ -147,7 +147,7 @@ class Plan:
             raise FormatError("the plan in config.json names a matrix twice")
         return plan
 
-    @property
+    @cached_property
     def digest(self) -> str:
         """SHA-256 of the canonical JSON, which every shard repeats."""
         canonical = json.dumps(self.to_json(), sort_keys=True, separators=(",", ":"))

@@ -34,9 +34,9 @@ from milo.integrations.transformers.assembly import (
     sites,
     touches,
 )
-from milo.integrations.transformers.structure import placements
+from milo.integrations.transformers.source import source_of
 from milo.pipeline.compress import quantization_config
-from milo.pipeline.planning import Source, plan_source
+from milo.pipeline.planning import plan_source
 from milo.pipeline.work import one_thread, pieces, solve_piece
 from milo.plan.plan import Plan
 from milo.plan.recipe import DEFAULT, Recipe, custom_recipe
@@ -156,8 +156,7 @@ class MiloQuantizer(HfQuantizer):
         if not checkpoint_files:
             raise CheckpointError("compressing on load needs a checkpoint on disk; use milo.compress_model instead")
         checkpoint = Checkpoint(Path(checkpoint_files[0]).parent)
-        shapes = {name: info.shape for name, info in checkpoint.tensors.items()}
-        source = Source.of(checkpoint, placements(model, shapes))
+        source = source_of(checkpoint, model)
         self._plan = plan_source(source, config.for_model(checkpoint.config), counts=config.counts)
         self._sites = sites(model, self._plan)
         for site in self._sites:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from transformers import PreTrainedModel
+
 from milo.checkpoint.hub import find_model
 from milo.checkpoint.source import Checkpoint
 from milo.integrations.transformers.structure import meta_model, placements
@@ -19,6 +21,12 @@ def open_source(model: str) -> Source:
         UnsupportedModelError: its experts are not understood.
     """
     checkpoint = Checkpoint(find_model(model))
+    return source_of(checkpoint, meta_model(checkpoint.folder))
+
+
+def source_of(checkpoint: Checkpoint, model: PreTrainedModel | None) -> Source:
+    """The inventory of a checkpoint as `model` would load it; by names alone where there is no model."""
+    if model is None:
+        return Source.of(checkpoint, None)
     shapes = {name: info.shape for name, info in checkpoint.tensors.items()}
-    known = meta_model(checkpoint.folder)
-    return Source.of(checkpoint, placements(known, shapes) if known is not None else None)
+    return Source.of(checkpoint, placements(model, shapes))
