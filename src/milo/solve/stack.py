@@ -15,6 +15,7 @@ from milo.errors import PlanError, WeightError
 from milo.format.codes import pack_words
 from milo.format.matrix import Encoding
 from milo.solve.alternate import GridSearch, alternate
+from milo.solve.clip_search import mse_grid
 from milo.solve.factors import round_factors
 from milo.solve.grid import Grid, decode, encode, grid_tensors, minmax_grid
 from milo.solve.half_quadratic import half_quadratic
@@ -24,7 +25,7 @@ def _hqq(target: torch.Tensor, encoding: Encoding) -> Grid:
     return half_quadratic(target, minmax_grid(target, encoding), encoding)
 
 
-GRIDS: dict[str, GridSearch] = {"rtn": minmax_grid, "hqq": _hqq}
+GRIDS: dict[str, GridSearch] = {"rtn": minmax_grid, "hqq": _hqq, "mse": mse_grid}
 
 
 @dataclass
@@ -58,7 +59,7 @@ def solve_stack(
         weight: `[E, N, K]`, any floating dtype, CPU or CUDA.
         ranks: rank of each matrix, 0 to `min(N, K)`.
         encoding: how the result is written.
-        grid: `rtn` or `hqq`.
+        grid: `rtn`, `hqq` or `mse`.
         rounds: solves of the alternation at most (matrices of rank 0 take one).
         name: used in error messages.
 
