@@ -54,7 +54,7 @@ def fixed_plans(source: Source) -> dict[str, Plan]:
             rows = tuple(replace(row, encoding=dense if row.role.dense else experts) for row in blank.rows)
             name = f"dense {dense.bits}/{dense.group_size}, experts {experts.bits}/{experts.group_size}"
             plans[name] = replace(blank, rows=rows, recipe=name)
-    for encoding in MENU[:4]:
+    for encoding in MENU[1:4]:  # the first is the least there is: nothing to allocate
         name = f"uniform {encoding.bits}/{encoding.group_size}"
         plans[name] = replace(blank, rows=tuple(replace(row, encoding=encoding) for row in blank.rows), recipe=name)
     return plans
@@ -72,7 +72,7 @@ class Bench:
         lines = args.lambada.read_text(encoding="utf-8").splitlines()
         passages = "\n\n".join(json.loads(line)["text"] for line in lines)
         texts = {"wikitext2": wiki, "lambada": tokenize(tokenizer, passages, args.lambada_tokens)}
-        self.references = {name: Reference(self.model, ids, args.window) for name, ids in texts.items()}
+        self.references = {name: Reference(self.model, ids, args.window, batch=16) for name, ids in texts.items()}
         self.scores: dict[str, dict[str, Scores]] = {}
         self.result: dict[str, Any] = {
             "model": folder.name,
@@ -132,7 +132,7 @@ def main() -> None:
     parser.add_argument("--lambada", type=Path, required=True)
     parser.add_argument("--window", type=int, default=512)
     parser.add_argument("--tokens", type=int, default=102_400)
-    parser.add_argument("--lambada-tokens", type=int, default=25_600)
+    parser.add_argument("--lambada-tokens", type=int, default=20_480)
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -157,19 +157,29 @@ def main() -> None:
         bench.judge(label, found.plan, against, sensitivities=origin, predicted_kl=found.allocation.loss)
 
     plans = fixed_plans(source)
-    baseline, hqq = plans[MILO], plans["hqq"]
-    for label in (MILO, "hqq"):
-        bench.judge(label, plans[label])
-    for origin in known:
-        budget(origin, 8 * baseline.nbytes / weights, MILO)
-        budget(origin, 8 * hqq.nbytes / weights, "hqq")
-    budget("random", 0.86 * 8 * baseline.nbytes / weights, MILO)
-    for label, plan in plans.items():
-        if label not in (MILO, "hqq"):
-            bench.judge(label, plan)
-            budget("random", 8 * plan.nbytes / weights, label)
-            if label.startswith("dense 5"):
-                budget("structure", 8 * plan.nbytes / weights, label)
+    rates = {label: 8 * plan.nbytes / weights for label, plan in plans.items()}
+
+    def fixed(*labels: str) -> None:
+        for label in labels:
+            bench.judge(label, plans[label])
+
+    def against(label: str) -> None:
+        fixed(label)
+        budget("random", rates[label], label)
+
+    fixed(MILO, "hqq")
+    for rate, label in ((rates[MILO], MILO), (rates["hqq"], "hqq"), (0.86 * rates[MILO], MILO)):
+        budget("random", rate, label)
+    against("dense 5/64, experts 3/32")
+    against("uniform 3/32")
+    for origin in ("structure", "self"):
+        budget(origin, rates[MILO], MILO)
+    against("uniform 4/64")
+    for origin in ("structure", "self"):
+        budget(origin, rates["hqq"], "hqq")
+    budget("structure", rates["dense 5/64, experts 3/32"], "dense 5/64, experts 3/32")
+    for label in ("dense 5/64, experts 3/64", "dense 6/64, experts 3/32", "dense 6/64, experts 3/64", "uniform 4/32"):
+        against(label)
 
 
 if __name__ == "__main__":

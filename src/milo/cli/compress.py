@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,6 +14,7 @@ from rich.table import Table
 from milo.checkpoint.hub import find_model
 from milo.checkpoint.roles import LAYER_INDEX
 from milo.checkpoint.writer import write_atomically
+from milo.cli.budget import BudgetOption, SelfOption, SensitivityOption, plan_by_budget, print_allocation
 from milo.cli.console import bar, err, out, peak_memory, print_json, say, size
 from milo.cli.options import (
     BEST_DEVICE,
@@ -55,12 +57,20 @@ def plan(
     scale_bits: ScaleOption = None,
     zero_bits: ZeroOption = None,
     counts: CountsOption = None,
+    budget: BudgetOption = None,
+    sensitivity: SensitivityOption = "random",
+    self_calibrate: SelfOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Show what a recipe would do: every group of matrices with exact bytes, without compressing anything."""
+    """Show what a recipe or a budget would do: every group of matrices with exact bytes, compressing nothing."""
     knobs = Knobs(recipe, ranks, bits, group_size, grid, rounds, factor, scale_bits, zero_bits)
     source = open_source(model)
-    made = _make_plan(source, knobs.for_model(source.checkpoint.config), counts)
+    found = None
+    if budget is not None:
+        found = plan_by_budget(source, budget, knobs, counts, sensitivity, self_calibrate, BEST_DEVICE)
+        made = found.plan
+    else:
+        made = _make_plan(source, knobs.for_model(source.checkpoint.config), counts)
     files = sum(shard.nbytes for shard in lay_out_checkpoint(source.checkpoint, source.inventory, made))
     if as_json:
         print_json(
@@ -72,10 +82,13 @@ def plan(
                 "sixteen_bit_bytes": source.sixteen_bit_bytes,
                 "files_bytes": files,
                 "peak_bytes": peak_bytes(made),
+                **({"allocation": asdict(found.allocation), "losses": dict(found.losses)} if found else {}),
             }
         )
-        return
-    _print_plan(made, source, files)
+    elif found is not None:
+        print_allocation(found, source, files)
+    else:
+        _print_plan(made, source, files)
 
 
 def quantize(
@@ -91,6 +104,9 @@ def quantize(
     scale_bits: ScaleOption = None,
     zero_bits: ZeroOption = None,
     counts: CountsOption = None,
+    budget: BudgetOption = None,
+    sensitivity: SensitivityOption = "random",
+    self_calibrate: SelfOption = False,
     device: DeviceOption = BEST_DEVICE,
     max_shard_size: Annotated[str, typer.Option(help="Bytes a shard, e.g. 5GB or 500MB.")] = "5GB",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing output.")] = False,
@@ -99,7 +115,10 @@ def quantize(
     knobs = Knobs(recipe, ranks, bits, group_size, grid, rounds, factor, scale_bits, zero_bits)
     source = open_source(model)
     check_destination(source.checkpoint, output, overwrite)
-    made = _make_plan(source, knobs.for_model(source.checkpoint.config), counts)
+    if budget is not None:
+        made = plan_by_budget(source, budget, knobs, counts, sensitivity, self_calibrate, device).plan
+    else:
+        made = _make_plan(source, knobs.for_model(source.checkpoint.config), counts)
     say(
         f"{made.parameters:,} weights in {len(made.rows):,} groups, {size(made.nbytes)} "
         f"({made.bits_per_weight:.3f} bits a weight), about {size(peak_bytes(made, device))} of memory on {device}",

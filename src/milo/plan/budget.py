@@ -15,7 +15,7 @@ from milo.plan.menu import Measured, Option, option, units
 from milo.plan.plan import Plan, Row
 
 GRID = "mse"
-ROUNDS = 20
+ROUNDS = 10
 # The price of a byte decides the ranks and the ranks move the price; it settles at once.
 _PRICINGS = 3
 _SIZES = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}

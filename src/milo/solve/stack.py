@@ -26,6 +26,8 @@ def _hqq(target: torch.Tensor, encoding: Encoding) -> Grid:
 
 
 GRIDS: dict[str, GridSearch] = {"rtn": minmax_grid, "hqq": _hqq, "mse": mse_grid}
+# Grids whose compensators start from the weights; the others start as the paper does.
+FACTORS_FIRST = ("mse",)
 
 
 @dataclass
@@ -92,7 +94,7 @@ def _solve_bucket(weight: torch.Tensor, ranks: list[int], encoding: Encoding, gr
         found = search(weight, encoding)
         codes = encode(weight, found, encoding)
     else:
-        best = alternate(weight, ranks, search, encoding, rounds)
+        best = alternate(weight, ranks, search, encoding, rounds, factors_first=grid in FACTORS_FIRST)
         found, codes, ran = best.grid, best.codes, best.rounds.tolist()
     residual = weight - decode(codes, found, encoding)
     unrounded = error = torch.linalg.vector_norm(residual, dim=(1, 2)).double()
@@ -103,7 +105,10 @@ def _solve_bucket(weight: torch.Tensor, ranks: list[int], encoding: Encoding, gr
             u, v = best.u[i, :, :rank], best.v[i, :rank]
             factors[i], product = round_factors(residual[i], u, v, encoding.factor)
             residual[i] = weight[i] - product
-        # The codes have the last word: nearest to what the rounded compensators leave, on the same grid.
+        # The codes have the last word: nearest to what the rounded compensators leave. Leading directions of the
+        # weights leave more than the grid was made for once they are rounded, so then it is searched anew.
+        if grid in FACTORS_FIRST:
+            found = search(residual, encoding)
         codes = encode(residual, found, encoding)
         residual -= decode(codes, found, encoding)
         error = torch.linalg.vector_norm(residual, dim=(1, 2)).double()
