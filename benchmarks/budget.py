@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 import transformers
+from quality import device_name
 
 import milo
 from milo.evaluate import load_text, tokenize
@@ -66,7 +67,7 @@ class Bench:
     def __init__(self, args: argparse.Namespace) -> None:
         self.args, self.source = args, open_source(args.model)
         folder = Path(args.model)
-        self.model = load_model(folder, "float32")
+        self.model = load_model(folder, "float32", args.device)
         tokenizer = load_tokenizer(folder)
         wiki = tokenize(tokenizer, load_text(args.text)[0], args.tokens)
         lines = args.lambada.read_text(encoding="utf-8").splitlines()
@@ -79,7 +80,7 @@ class Bench:
             "window": args.window,
             "tokens": {name: len(ids) for name, ids in texts.items()},
             "dtype": "float32",
-            "device": "CPU, 1 thread",
+            "device": device_name(args.device),
             "milo": milo.__version__,
             "torch": torch.__version__,
             "transformers": transformers.__version__,
@@ -91,11 +92,11 @@ class Bench:
         """Compress, count, compare, write."""
         with tempfile.TemporaryDirectory() as out:
             begin = time.perf_counter()
-            compress_checkpoint(self.source.checkpoint, self.source.inventory, plan, out)
+            compress_checkpoint(self.source.checkpoint, self.source.inventory, plan, out, device=self.args.device)
             seconds = time.perf_counter() - begin
             size = measure_size(Path(out))
             assert size.compressed_bytes == plan.nbytes
-            packed = load_model(Path(out), "float32")
+            packed = load_model(Path(out), "float32", self.args.device)
             self.scores[label] = {name: r.score(packed) for name, r in self.references.items()}
         row: dict[str, Any] = {
             "recipe": label,
@@ -133,6 +134,7 @@ def main() -> None:
     parser.add_argument("--window", type=int, default=512)
     parser.add_argument("--tokens", type=int, default=102_400)
     parser.add_argument("--lambada-tokens", type=int, default=20_480)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -141,7 +143,7 @@ def main() -> None:
     source = bench.source
     groups = source.inventory.groups
     begin = time.perf_counter()
-    measured = measure_menu(source)
+    measured = measure_menu(source, device=args.device)
     bench.result["menu_s"] = time.perf_counter() - begin
     begin = time.perf_counter()
     known = {"random": sensitivities(bench.model, source.inventory)}
@@ -175,8 +177,6 @@ def main() -> None:
     for origin in ("structure", "self"):
         budget(origin, rates[MILO], MILO)
     against("uniform 4/64")
-    for origin in ("structure", "self"):
-        budget(origin, rates["hqq"], "hqq")
     budget("structure", rates["dense 5/64, experts 3/32"], "dense 5/64, experts 3/32")
     for label in ("dense 5/64, experts 3/64", "dense 6/64, experts 3/32", "dense 6/64, experts 3/64", "uniform 4/32"):
         against(label)

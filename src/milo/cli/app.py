@@ -15,6 +15,7 @@ from milo.cli.compress import plan, profile, quantize
 from milo.cli.console import err
 from milo.cli.demo import demo
 from milo.cli.doctor import doctor
+from milo.cli.frontier import frontier
 from milo.cli.measure import evaluate, generate, inspect
 from milo.errors import MiloError
 
@@ -30,6 +31,7 @@ app.command()(plan)
 app.command()(profile)
 app.command()(quantize)
 app.command("eval")(evaluate)
+app.command()(frontier)
 app.command()(inspect)
 app.command()(generate)
 app.command()(doctor)

@@ -16,8 +16,8 @@ paper's plain loop.
 
 The paper starts from `U⁰V⁰ = 0`. The residual of a 3-bit grid is nearly white even where the weights are not, so the
 first compensator finds little, and the alternation never leaves the neighbourhood of that start. `factors_first` takes
-the weights' own leading directions out before the first codes are chosen: what remains has a smaller range, and the codes
-of a round or two are better than those of twenty rounds from nothing wherever the weights have leading directions at all.
+the weights' own leading directions out before the first codes are chosen: what remains has a smaller range, and one
+round from there beats twenty from nothing wherever the weights have leading directions at all.
 """
 
 from __future__ import annotations
