@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -77,7 +78,7 @@ def frontier(
         _point(source, label, plan, reference, output, device, label not in PRESETS, keep)
         for label, plan in plans.items()
     ]
-    if not keep:
+    with suppress(OSError):  # not empty: something was kept, now or earlier
         (output / "models").rmdir()
     title = f"{folder.name} · {name}, {len(ids):,} tokens in windows of {window}"
     result: dict[str, Any] = {
