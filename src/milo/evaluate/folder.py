@@ -105,6 +105,20 @@ def load_tokenizer(folder: Path) -> Any:
         raise CheckpointError(f"{folder} has no usable tokenizer: {error}") from error
 
 
+def find_original(folder: Path, given: str | None) -> str | None:
+    """The model to compare with: the given one, or a compressed folder's recorded source if it still exists.
+
+    Raises:
+        MiloError: it is the folder itself.
+    """
+    if given is None and is_compressed(folder):
+        recorded = load_json(folder / "config.json")["quantization_config"].get("base_model")
+        given = recorded if recorded is not None and Path(recorded).is_dir() else None
+    if given is not None and Path(given).resolve() == folder.resolve():
+        raise MiloError(f"{given} is the folder under test; --original names what it was made from")
+    return given
+
+
 def evaluate_folder(
     folder: str,
     text: str,
@@ -138,9 +152,7 @@ def evaluate_folder(
     path = find_model(folder)
     size = measure_size(path)
     config = load_json(path / "config.json").get("quantization_config") or {}
-    recorded = config.get("base_model") if size.compressed_weights else None
-    if original is None and recorded is not None and Path(recorded).is_dir():
-        original = recorded
+    original = find_original(path, original)
     ids = tokenize(load_tokenizer(path), text, max_tokens)
     model = load_model(path, dtype, device)
     contiguous = perplexity(model, ids, window=window, progress=progress)
@@ -149,8 +161,6 @@ def evaluate_folder(
         sliding = perplexity(model, ids, window=window, stride=stride, progress=progress)
     diverged = None
     if original is not None:
-        if Path(original).resolve() == path.resolve():
-            raise MiloError(f"{original} is the folder under test; --original names what it was made from")
         reference = load_model(find_model(original), dtype, device)
         diverged = divergence(model, reference, ids, window=window, progress=progress)
     recipe = (config.get("plan") or {}).get("recipe")
