@@ -2,8 +2,8 @@
 
     python benchmarks/tasks.py MODEL --task-dir FOLDER --out benchmarks/results/tasks_NAME.json
 
-One JSON per model: per recipe every metric of lm-eval with its standard error, and the difference from the original with
-its paired standard error. `docs/results.md` quotes the committed files.
+One JSON per model: per recipe every metric of lm-eval with its standard error, and the difference from the original
+with its paired standard error. `docs/results.md` quotes the committed files.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ from quality import device_name
 import milo
 from milo.evaluate.folder import load_model, load_tokenizer
 from milo.evaluate.scores import Score, compare, read_scores
-from milo.evaluate.tasks import Tasks, load_tasks, reported_by_paper, run_tasks, task_names
+from milo.evaluate.suite import task_names
+from milo.evaluate.tasks import Tasks, load_tasks, run_tasks
 from milo.integrations.transformers.source import open_source
 from milo.pipeline.compress import compress_checkpoint
 from milo.pipeline.planning import plan_source
@@ -70,7 +71,7 @@ def main() -> None:
     for recipe, folder in compressed(args.model, args.device):
         started = time.perf_counter()
         found = compare(judge(folder, tasks, args), originals)
-        results = [asdict(row) | {"in_paper": reported_by_paper(row)} for row in found]
+        results = [asdict(row) for row in found]
         rows.append({"recipe": recipe, "seconds": time.perf_counter() - started, "results": results})
         print(recipe, {f"{row.task} {row.metric}": round(row.value, 4) for row in found}, flush=True)
     result = {

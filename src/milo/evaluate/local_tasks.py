@@ -35,7 +35,7 @@ class LocalTask:
 
     Attributes:
         subfolder: also the folder of lm-eval's definition.
-        splits: split in lm-eval's definition to the stem or name of the published file.
+        splits: split in lm-eval's definition to the published file (PIQA: its stem, of two files).
         read: `(folder, file)` to the documents.
         judged: the split that is judged; the others serve few-shot prompts and may be missing.
     """
@@ -113,7 +113,7 @@ def local_definitions(names: list[str], folder: Path, num_fewshot: int | None) -
         num_fewshot: examples before each document; None is 0 for these tasks.
 
     Returns:
-        Members for an lm-eval group: the name, `custom_dataset`, and None for the splits that have no file.
+        Members of an lm-eval group, each overriding `custom_dataset` and, with None, the splits that have no file.
 
     Raises:
         MiloError: a task without local form, or a file is missing or not as published.
@@ -123,7 +123,9 @@ def local_definitions(names: list[str], folder: Path, num_fewshot: int | None) -
     members = []
     for name in names:
         if name not in LOCAL_TASKS:
-            raise MiloError(f"{name} cannot be read from local files; with --task-dir there are {', '.join(LOCAL_TASKS)}")
+            raise MiloError(
+                f"{name} cannot be read from local files; with --task-dir there are {', '.join(LOCAL_TASKS)}"
+            )
         task = LOCAL_TASKS[name]
         present = {split: found for split, file in task.splits.items() if (found := _find(folder, task, file))}
         if task.judged not in present:

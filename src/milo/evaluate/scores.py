@@ -16,6 +16,8 @@ from typing import Any
 
 import torch
 
+from milo.evaluate.suite import reported_by_paper
+
 
 @dataclass(frozen=True)
 class Score:
@@ -52,6 +54,7 @@ class TaskResult:
     """A `Score` of a model beside that of its original; without an original the last four are None.
 
     Attributes:
+        in_paper: whether the paper's tables have this figure.
         difference: `value - original`.
         difference_stderr: paired standard error of the difference; None where it is unknown.
     """
@@ -65,10 +68,34 @@ class TaskResult:
     higher_is_better: bool | None
     value: float
     stderr: float | None
+    in_paper: bool
     original: float | None = None
     original_stderr: float | None = None
     difference: float | None = None
     difference_stderr: float | None = None
+
+
+@dataclass(frozen=True)
+class TaskEvaluation:
+    """A model on tasks, beside its original.
+
+    Attributes:
+        model: folder or hub name, as given.
+        original: likewise; None if there was none to compare with.
+        source: where the documents came from.
+        limit: documents of each task judged at most; None for all.
+        batch: documents run together.
+        lm_eval: version of lm-eval.
+        results: one row a metric; `part_of` is None for the tasks that were asked for.
+    """
+
+    model: str
+    original: str | None
+    source: str
+    limit: int | None
+    batch: int
+    lm_eval: str
+    results: list[TaskResult]
 
 
 def read_scores(results: Mapping[str, Any], loaded: Mapping[str, Any]) -> list[Score]:
@@ -92,6 +119,7 @@ def compare(scores: list[Score], originals: list[Score] | None) -> list[TaskResu
     rows = []
     for score in scores:
         fields = {name: value for name, value in vars(score).items() if name != "influence"}
+        fields["in_paper"] = reported_by_paper(score.task, score.metric, score.filter)
         other = others.get(_key(score))
         if other is not None:
             fields |= {
@@ -115,9 +143,7 @@ def _key(score: Score) -> tuple[str, str, str]:
     return score.task, score.metric, score.filter
 
 
-def _read(
-    name: str, part_of: str | None, results: Mapping[str, Any], loaded: Mapping[str, Any]
-) -> Iterator[Score]:
+def _read(name: str, part_of: str | None, results: Mapping[str, Any], loaded: Mapping[str, Any]) -> Iterator[Score]:
     leaves = leaf_tasks(name, loaded)
     metrics = {**results["results"], **results.get("groups", {})}.get(name, {})
     for label, value in metrics.items():

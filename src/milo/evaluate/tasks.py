@@ -2,16 +2,6 @@ r"""Zero- and few-shot tasks through lm-evaluation-harness.
 
 lm-eval builds every prompt, scores every answer and computes every metric; this file chooses the tasks, hands it a
 model loaded like any other here, and puts a compressed model beside its original.
-
-**The paper's suite** (`paper`; arXiv 2504.02658 Table 3, metrics as in the official evaluation script):
-
-| task | shots | metric |
-|---|---|---|
-| `hellaswag` | 0 | `acc_norm`: log-likelihood divided by the answer's length in bytes |
-| `lambada_openai` | 0 | `acc`: the last word is the greedy continuation |
-| `piqa` | 0 | `acc`: log-likelihood as it is |
-| `mmlu` | 5 | `acc`, over the questions of all 57 subjects |
-| `triviaqa` | 5 | `exact_match`, after stripping case, punctuation and blanks |
 """
 
 from __future__ import annotations
@@ -21,7 +11,7 @@ import difflib
 import logging
 import sys
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -30,33 +20,14 @@ from milo.checkpoint.hub import find_model
 from milo.errors import MiloError
 from milo.evaluate.folder import find_original, load_model, load_tokenizer
 from milo.evaluate.local_tasks import LOCAL_TASKS, local_definitions
-from milo.evaluate.scores import Score, TaskResult, compare, leaf_tasks, read_scores
+from milo.evaluate.scores import Score, TaskEvaluation, compare, leaf_tasks, read_scores
+from milo.evaluate.suite import ALIASES, PAPER
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 # lm-eval draws 100,000 bootstrap samples for the standard error of LAMBADA's perplexity, in pure Python (minutes).
 BOOTSTRAP = 1000
-
-
-@dataclass(frozen=True)
-class PaperTask:
-    """A task of the paper's suite: the metric it reports, lm-eval's name of the answer filter, examples shown."""
-
-    metric: str
-    filter: str
-    shots: int
-
-
-PAPER = {
-    "hellaswag": PaperTask("acc_norm", "none", 0),
-    "lambada_openai": PaperTask("acc", "none", 0),
-    "piqa": PaperTask("acc", "none", 0),
-    "mmlu": PaperTask("acc", "none", 5),
-    "triviaqa": PaperTask("exact_match", "remove_whitespace", 5),
-}
-# Short names; `lambada` alone would be two variants to lm-eval, of which the paper takes OpenAI's.
-ALIASES = {"paper": tuple(PAPER), "lambada": ("lambada_openai",), "arc": ("arc_easy", "arc_challenge")}
 
 
 @dataclass(frozen=True)
@@ -67,47 +38,6 @@ class Tasks:
     source: str
     num_fewshot: int | None
     manager: Any = field(repr=False)
-
-
-@dataclass(frozen=True)
-class TaskEvaluation:
-    """A model on tasks, beside its original.
-
-    Attributes:
-        model: folder or hub name, as given.
-        original: likewise; None if there was none to compare with.
-        source: where the documents came from.
-        limit: documents of each task judged at most; None for all.
-        batch: documents run together.
-        lm_eval: version of lm-eval.
-        results: one row a metric; `part_of` is None for the tasks that were asked for.
-    """
-
-    model: str
-    original: str | None
-    source: str
-    limit: int | None
-    batch: int
-    lm_eval: str
-    results: list[TaskResult]
-
-    def to_json(self) -> dict[str, Any]:
-        rows = [asdict(row) | {"in_paper": reported_by_paper(row)} for row in self.results]
-        return {**vars(self), "results": rows}
-
-
-def reported_by_paper(row: TaskResult) -> bool:
-    """Whether the paper's tables have this figure of this task."""
-    chosen = PAPER.get(row.task)
-    return chosen is not None and (chosen.metric, chosen.filter) == (row.metric, row.filter)
-
-
-def task_names(wanted: str) -> list[str]:
-    """`paper,arc_easy` to lm-eval's names, aliases resolved, each once."""
-    names = [name.strip() for name in wanted.split(",") if name.strip()]
-    if not names:
-        raise MiloError("--tasks names no task; try --tasks paper")
-    return list(dict.fromkeys(real for name in names for real in ALIASES.get(name, (name,))))
 
 
 def load_tasks(names: list[str], task_dir: Path | None = None, num_fewshot: int | None = None) -> Tasks:
