@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import socket
+import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,7 @@ from milo.evaluate.tasks import Tasks, evaluate_tasks, load_tasks, run_tasks
 from task_files import HUB_ROWS, LAMBADA, letters, write_piqa, write_task_files
 
 SHARED_TASKS = Path(__file__).resolve().parents[3] / "shared" / "data" / "tasks"
-SPLITS = {"lambada_openai": "test", "piqa": "validation", "arc_easy": "test", "arc_challenge": "test"}
+PAPER_DEFINITIONS = ("hellaswag", "lambada", "piqa", "mmlu/default", "triviaqa")
 
 
 @pytest.fixture(autouse=True)
@@ -155,6 +157,13 @@ def test_a_model_does_not_differ_from_itself(folder: Path, tasks: Tasks) -> None
     assert all((row.difference, row.difference_stderr) == (0, 0) for row in compare(scores, scores))
 
 
+def _index_of(*folders: str) -> Any:
+    """lm-eval's task manager over some of its definitions: reading all 14,000 takes several seconds."""
+    root = Path(lm_eval.tasks.__file__).parent
+    paths = [root / folder for folder in folders]
+    return partial(lm_eval.tasks.TaskManager, include_path=paths, include_defaults=False)
+
+
 @pytest.mark.slow
 def test_the_paper_suite_has_its_shots_and_metrics(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """All five tasks as they come from the hub, over stand-ins for its data sets; MMLU is a group of 57 tasks."""
@@ -175,6 +184,9 @@ def test_the_paper_suite_has_its_shots_and_metrics(folder: Path, monkeypatch: py
         return dict.fromkeys(("train", "validation", "test", "dev"), few)
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    monkeypatch.setattr(
+        lm_eval.tasks, "TaskManager", _index_of("hellaswag", "lambada", "piqa", "mmlu/default", "triviaqa")
+    )
     suite = load_tasks(task_names("paper"))
     model = load_model(folder)
     scores = read_scores(run_tasks(model, load_tokenizer(folder), suite, limit=1, batch=16), suite.loaded)
@@ -211,7 +223,21 @@ def test_few_shot_examples_come_from_the_training_file(folder: Path, tmp_path: P
     assert prompt.count("Question: ") == 3
 
 
+def _refuse(*_: Any, **__: Any) -> None:
+    raise ConnectionError("no route")
+
+
 def test_mistakes_are_named(tmp_path: Path) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(lm_eval.tasks, "TaskManager", _index_of("piqa", "lambada"))
+        with pytest.raises(MiloError, match="no task 'piqua'; did you mean piqa"):
+            load_tasks(["piqua"])
+        patch.setattr(datasets, "load_dataset", _refuse)
+        with pytest.raises(MiloError, match=r"documents of piqa \(ConnectionError: no route\).*--task-dir"):
+            load_tasks(["piqa"])
+        patch.setitem(sys.modules, "lm_eval", None)
+        with pytest.raises(MiloError, match=r"milo-moe\[eval\]"):
+            load_tasks(["piqa"])
     with pytest.raises(MiloError, match="nowhere is not a folder"):
         load_tasks(["piqa"], tmp_path / "nowhere")
     with pytest.raises(MiloError, match=r"hellaswag cannot be read from local files"):
@@ -226,6 +252,13 @@ def test_mistakes_are_named(tmp_path: Path) -> None:
         (tmp_path / "lambada" / "lambada_test.jsonl").write_text(content)
         with pytest.raises(MiloError, match=says):
             load_tasks(["lambada_openai"], tmp_path)
+
+
+def test_a_tokenizer_without_an_end_is_refused(folder: Path, tasks: Tasks) -> None:
+    tokenizer = letters()
+    tokenizer.eos_token = None
+    with pytest.raises(MiloError, match="neither a BOS nor an EOS"):
+        run_tasks(load_model(folder), tokenizer, tasks)
 
 
 def test_files_may_lie_in_the_folder_itself(task_dir: Path) -> None:

@@ -148,7 +148,7 @@ def _read(name: str, part_of: str | None, results: Mapping[str, Any], loaded: Ma
     metrics = {**results["results"], **results.get("groups", {})}.get(name, {})
     for label, value in metrics.items():
         metric, comma, answer_filter = label.partition(",")
-        if not comma or metric.endswith("_stderr"):
+        if not comma or metric.endswith("_stderr") or not isinstance(value, (int, float)):
             continue
         stderr = metrics.get(f"{metric}_stderr,{answer_filter}")
         yield Score(

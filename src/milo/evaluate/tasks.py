@@ -101,10 +101,15 @@ def run_tasks(
         limit: only the first documents of each task.
         batch: documents run together. The last digits of log-likelihoods depend on it, as matrix products do.
         bootstrap: draws for standard errors that have no formula.
+
+    Raises:
+        MiloError: the tokenizer has neither a BOS nor an EOS token, one of which lm-eval puts before the first word.
     """
     import lm_eval
     from lm_eval.models.huggingface import HFLM
 
+    if tokenizer.bos_token_id is None and tokenizer.eos_token_id is None:
+        raise MiloError("the tokenizer has neither a BOS nor an EOS token, of which lm-eval needs one")
     parts = {child for children in tasks.loaded["group_map"].values() for child in children}
     every = {**tasks.loaded["groups"], **tasks.loaded["tasks"]}
     with _quiet("lm_eval"):  # it warns that a model in memory stays where it is
