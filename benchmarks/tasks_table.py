@@ -46,7 +46,13 @@ def routing_table(result: dict[str, Any]) -> str:
     """One model's recipes: agreement with the original, layer by layer."""
     layers = [layer["layer"] for layer in result["rows"][0]["routing"]]
     short = [f"layer {next(part for part in name.split('.') if part.isdigit())}" for name in layers]
-    head = ("recipe", "same first choice", "KL p50 / p90 / p99", *(f"same experts, {name}" for name in short), "overlap")
+    head = (
+        "recipe",
+        "same first choice",
+        "KL p50 / p90 / p99",
+        *(f"same experts, {name}" for name in short),
+        "overlap",
+    )
     lines = [_line(*head), "|---" * len(head) + "|"]
     for row in result["rows"]:
         kl = " / ".join(f"{row[f'kl_p{q}']:.3f}" for q in (50, 90, 99))
