@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from matrices import random_matrix
 from milo import ops
 from milo.format.matrix import Encoding
-from milo.kernels import decode, reference
+from milo.kernels import cutting, decode, reference
 
 pytestmark = [
     pytest.mark.gpu,
@@ -101,9 +101,9 @@ def test_moe_tokens(block: Block, dtype: torch.dtype, tokens: int) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("config", decode.CONFIGS)
+@pytest.mark.parametrize("config", cutting.CONFIGS)
 @pytest.mark.parametrize("tokens", [1, 5, 40])
-def test_moe_every_configuration(block: Block, dtype: torch.dtype, config: decode.Config, tokens: int) -> None:
+def test_moe_every_configuration(block: Block, dtype: torch.dtype, config: cutting.Config, tokens: int) -> None:
     x = torch.randn(tokens, 256, device="cuda", dtype=dtype)
     ids, weights = route(tokens, 8, 3, tokens)
     y = decode.moe_ffn(x, block.gate_up, block.down, ids, weights, "silu", None, config)
