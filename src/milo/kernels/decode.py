@@ -61,9 +61,10 @@ def linear(
 ) -> torch.Tensor:
     """`x · Ŵᵀ + bias`: `[T, K]` to `[T, N]`. At most three launches for every `MAX_PAIRS` tokens."""
     out = torch.empty(x.shape[0], weight.out_features, dtype=x.dtype, device=x.device)
-    for first in range(0, x.shape[0], MAX_PAIRS):
-        rows = slice(first, first + MAX_PAIRS)
-        _Call(x[rows], out[rows], None, None, None, weight, config).linear(weight, bias)
+    with torch.cuda.device(x.device):  # a model may lie on several
+        for first in range(0, x.shape[0], MAX_PAIRS):
+            rows = slice(first, first + MAX_PAIRS)
+            _Call(x[rows], out[rows], None, None, None, weight, config).linear(weight, bias)
     return out
 
 
@@ -80,10 +81,11 @@ def moe_ffn(
     """The MoE FFN `[T, H]` to `[T, H]`: two to four launches for every `MAX_PAIRS` choices."""
     out = torch.empty(x.shape[0], down.out_features, dtype=x.dtype, device=x.device)
     turn = max(1, MAX_PAIRS // topk_ids.shape[1])
-    for first in range(0, x.shape[0], turn):
-        rows = slice(first, first + turn)
-        call = _Call(x[rows], out[rows], topk_ids[rows], topk_weights[rows], expert_map, gate_up, config)
-        call.moe_ffn(gate_up, down, ACTIVATIONS.index(activation))
+    with torch.cuda.device(x.device):
+        for first in range(0, x.shape[0], turn):
+            rows = slice(first, first + turn)
+            call = _Call(x[rows], out[rows], topk_ids[rows], topk_weights[rows], expert_map, gate_up, config)
+            call.moe_ffn(gate_up, down, ACTIVATIONS.index(activation))
     return out
 
 
