@@ -199,6 +199,28 @@ def test_linear(dtype: torch.dtype, rank: int, tokens: int) -> None:
     check(ops.linear(x, packed, bias), x.double().cpu() @ weight.T + bias.double().cpu())
 
 
+COMPACT = [Encoding(3, 64, 6, 6), Encoding(4, 32, 6, 8), Encoding(6, 64, 6, 8), Encoding(8, 32, 6, 8), Encoding(6, 128)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("encoding", COMPACT, ids=str)
+@pytest.mark.parametrize("tokens", [1, 8, 33, 130])
+def test_linear_with_compact_metadata_and_wide_codes(dtype: torch.dtype, encoding: Encoding, tokens: int) -> None:
+    shape = (416, 1152)
+    (matrix,), (weight,) = experts_of(shape, [17], encoding, 3)
+    packed = ops.repack([[{n: t.cuda() for n, t in matrix.items()}]], encoding, shape)
+    x = torch.randn(tokens, shape[1], device="cuda", dtype=dtype)
+    check(ops.linear(x, packed), x.double().cpu() @ weight.T)
+
+
+@pytest.mark.parametrize("tokens", [1, 20])
+def test_moe_with_compact_metadata(tokens: int) -> None:
+    made = Block(256, 224, [RANKS, RANKS, RANKS], Encoding(3, 64, 6, 6))
+    x = torch.randn(tokens, 256, device="cuda", dtype=torch.float16)
+    ids, weights = route(tokens, 8, 2)
+    check(ops.moe_ffn(x, made.gate_up, made.down, ids, weights), made.expected(x, ids, weights))
+
+
 def test_large_activations_keep_their_precision() -> None:
     """Means far from zero stress the zero-point correction; large values stress the range of fp16."""
     shape, encoding = (128, 512), Encoding()

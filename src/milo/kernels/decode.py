@@ -60,6 +60,7 @@ def linear(
     x: torch.Tensor, weight: PackedMatrix, bias: torch.Tensor | None, config: Config | None = None
 ) -> torch.Tensor:
     """`x · Ŵᵀ + bias`: `[T, K]` to `[T, N]`. At most three launches for every `MAX_PAIRS` tokens."""
+    x = x.repeat(1, weight.planes) if weight.planes > 1 else x  # see milo.kernels.planes
     out = torch.empty(x.shape[0], weight.out_features, dtype=x.dtype, device=x.device)
     with torch.cuda.device(x.device):  # a model may lie on several
         for first in range(0, x.shape[0], MAX_PAIRS):
@@ -217,7 +218,7 @@ class _Call:
         )  # fmt: skip
         params.x, params.out = x, out
         params.tokens, params.topk = self.tokens, self.topk
-        params.in_features, params.rows, params.row_tiles = weight.in_features, weight.out_features, row_tiles
+        params.in_features, params.rows, params.row_tiles = weight.columns, weight.out_features, row_tiles
         params.row_divisor, params.splits, params.v_row_tiles = row_divisor, splits, weight.v_row_tiles
         return params
 

@@ -3,6 +3,7 @@
 `cuda/tile.cuh` states the layout. In short: 64x64 tiles whose codes stand in the order in which the lanes of a warp
 consume them, 16 bytes a lane and load; a scale and a zero for each row and group beside one another; V as extra row
 tiles in the same layout; U in steps of 16 ranks. Codes keep their density (3.0 bits), every value is kept exactly.
+Wide codes and narrow metadata are spread first (`milo.kernels.planes`).
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from torch.nn import functional as F
 
 from milo.format.codes import unpack_words
 from milo.format.matrix import FACTOR_GROUP, Encoding
+from milo.kernels.planes import spread
 
 TILE = 64  # rows and in-features of a tile
 RANKS = 16  # ranks of one step of U
@@ -37,10 +39,11 @@ class PackedMatrix:
         table: int32 `[E, 4]`: first V row tile, V row tiles, first U step, U steps a row tile.
         out_features: `N` of one part.
         in_features: `K`.
-        bits: width of a code, 3 or 4.
+        bits: width of a plane's code, 3 or 4.
         group_size: 32, 64 or 128.
         parts: 1, or 2 for gate and up.
         v_row_tiles: the most V row tiles of any expert; 0 where no expert has a compensator.
+        planes: 2 for codes of 6 and 8 bits, which stand side by side along K.
     """
 
     codes: torch.Tensor
@@ -56,6 +59,12 @@ class PackedMatrix:
     group_size: int
     parts: int
     v_row_tiles: int
+    planes: int = 1
+
+    @property
+    def columns(self) -> int:
+        """Columns of the kernels' product: `K`, or twice that for two planes."""
+        return self.planes * self.in_features
 
     @property
     def tensors(self) -> list[torch.Tensor]:
@@ -63,7 +72,8 @@ class PackedMatrix:
 
     @property
     def numbers(self) -> list[int]:
-        return [self.out_features, self.in_features, self.bits, self.group_size, self.parts, self.v_row_tiles]
+        sizes = [self.out_features, self.in_features, self.bits, self.group_size]
+        return [*sizes, self.parts, self.v_row_tiles, self.planes]
 
     @classmethod
     def of(cls, tensors: Sequence[torch.Tensor], numbers: Sequence[int]) -> PackedMatrix:
@@ -86,9 +96,10 @@ class PackedMatrix:
 
 def supports(encoding: Encoding, shape: tuple[int, int]) -> tuple[bool, str]:
     """Whether a matrix `(N, K)` written so fits the layout, and if not, why."""
+    whole = max(TILE, encoding.group_size)
     for fits, reason in (
-        (encoding.bits in (3, 4), f"codes of {encoding.bits} bits (3 and 4 are)"),
-        (encoding.scale_bits == 16 and encoding.zero_bits == 16, "scales and zeros narrower than 16 bits"),
+        (encoding.plane_bits in (3, 4), f"codes of {encoding.bits} bits (3, 4, 6 and 8 are)"),
+        (encoding.planes == 1 or shape[1] % whole == 0, f"codes of {encoding.bits} bits in rows of {shape[1]}"),
         (encoding.factor == "int3", f"{encoding.factor} compensators (int3 are)"),
         (shape[0] % 32 == 0 and shape[1] % 32 == 0, f"the shape {shape}, not in multiples of 32,"),
     ):
@@ -118,10 +129,10 @@ def repack(parts: Sequence[Sequence[Tensors]], encoding: Encoding, shape: tuple[
     table = _table(members, len(parts), -(-n // run))
     packed = _allocate(table, encoding, shape, len(parts), members[0][0]["weight_packed"].device)
     for expert, matrices in enumerate(members):  # one at a time: beside the result there is one expert's work
-        packed.codes[expert] = _tile_codes(_interleave([_codes(m, encoding, k) for m in matrices], run), encoding.bits)
-        scale = _interleave([m["weight_scale"] for m in matrices], run)
-        zero = _interleave([m["weight_zero"] for m in matrices], run)
-        packed.meta[expert] = _tile_meta(scale, zero, encoding.group_size, k)
+        plain = [spread(m, encoding, k, TILE) for m in matrices]
+        codes, scale, zero = (_interleave(list(each), run) for each in zip(*plain, strict=True))
+        packed.codes[expert] = _tile_codes(codes, packed.bits)
+        packed.meta[expert] = _tile_meta(scale, zero, encoding.group_size, packed.columns)
         if table[expert][3]:
             _pack_compensator(packed, table[expert], matrices)
     return packed
@@ -141,9 +152,9 @@ def _table(members: Sequence[Sequence[Tensors]], parts: int, row_tiles: int) -> 
 def _allocate(
     table: list[list[int]], encoding: Encoding, shape: tuple[int, int], parts: int, device: torch.device
 ) -> PackedMatrix:
-    n, k = shape
-    experts, row_tiles, k_tiles = len(table), -(-n // (TILE // parts)), -(-k // TILE)
-    records = -(-k // max(encoding.group_size, TILE))
+    n, columns = shape[0], shape[1] * encoding.planes
+    experts, row_tiles, k_tiles = len(table), -(-n // (TILE // parts)), -(-columns // TILE)
+    records = -(-columns // max(encoding.group_size, TILE))
     halves = 2 if encoding.group_size == 32 else 1
     v_tiles = table[-1][0] + table[-1][1]
     u_steps = table[-1][2] + table[-1][3] * row_tiles
@@ -155,19 +166,20 @@ def _allocate(
         return torch.empty(sizes, dtype=torch.float16, device=device)
 
     return PackedMatrix(
-        codes=words(experts, row_tiles, k_tiles, encoding.bits, 32, 4),
+        codes=words(experts, row_tiles, k_tiles, encoding.plane_bits, 32, 4),
         meta=numbers(experts, row_tiles, records, 8 * halves, 8, 2),
         u_codes=words(u_steps, 3, 32),
         u_scales=numbers(u_steps, parts, RANKS),
-        v_codes=words(v_tiles, k_tiles, encoding.bits, 32, 4),
+        v_codes=words(v_tiles, k_tiles, encoding.plane_bits, 32, 4),
         v_meta=numbers(v_tiles, k_tiles, 8 * halves, 8, 2),
         table=torch.tensor(table, dtype=torch.int32).to(device),
         out_features=n,
-        in_features=k,
-        bits=encoding.bits,
+        in_features=shape[1],
+        bits=encoding.plane_bits,
         group_size=encoding.group_size,
         parts=parts,
         v_row_tiles=max(row[1] for row in table),
+        planes=encoding.planes,
     )
 
 
@@ -181,19 +193,16 @@ def _pack_compensator(packed: PackedMatrix, row: list[int], matrices: Sequence[T
     packed.u_scales[here] = _step_scales([_factor_scale(m, "lowrank_u", ranks, n) for m in matrices], row_tiles, run)
     here = slice(v_first, v_first + v_tiles)
     rows = torch.cat([_factor(m, "lowrank_v", ranks, k) for m in matrices])
+    rows = F.pad(rows, (0, (packed.planes - 1) * k), value=FACTOR_ZERO)  # V multiplies x once, whatever the planes
     packed.v_codes[here] = _tile_codes(_pad(rows, v_tiles * TILE), packed.bits)
     scale = torch.cat([_factor_scale(m, "lowrank_v", ranks, k) for m in matrices])
-    scale = scale.repeat_interleave(packed.halves, -1)
+    scale = F.pad(scale, (0, (packed.planes - 1) * scale.shape[1])).repeat_interleave(packed.halves, -1)
     zero = torch.full_like(scale, FACTOR_ZERO)
-    packed.v_meta[here] = _tile_meta(scale, zero, min(packed.group_size, FACTOR_GROUP), k)
+    packed.v_meta[here] = _tile_meta(scale, zero, min(packed.group_size, FACTOR_GROUP), packed.columns)
 
 
 def _rank(tensors: Tensors) -> int:
     return tensors["lowrank_u"].shape[0] if "lowrank_u" in tensors else 0
-
-
-def _codes(tensors: Tensors, encoding: Encoding, k: int) -> torch.Tensor:
-    return F.pad(unpack_words(tensors["weight_packed"], encoding.bits, k), (0, -k % TILE))
 
 
 def _factor(tensors: Tensors, name: str, ranks: int, length: int) -> torch.Tensor:

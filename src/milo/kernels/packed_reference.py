@@ -22,7 +22,8 @@ def dequantize(weight: PackedMatrix, expert: int) -> torch.Tensor:
         codes, scales = v_factor(weight, expert)
         v = (codes.float() - FACTOR_ZERO) * scales.float().repeat_interleave(TILE, 2)[..., : codes.shape[2]]
         rows += u @ v
-    return rows[:, : weight.out_features, : weight.in_features].flatten(0, 1)
+    rows = rows[:, : weight.out_features].unflatten(2, (weight.planes, -1)).sum(2)
+    return rows[..., : weight.in_features].flatten(0, 1)
 
 
 def linear(x: torch.Tensor, weight: PackedMatrix, bias: torch.Tensor | None) -> torch.Tensor:

@@ -9,8 +9,9 @@ from __future__ import annotations
 import torch
 
 from milo.format.codes import pack_words
-from milo.format.matrix import FACTOR_GROUP
+from milo.format.matrix import FACTOR_GROUP, Encoding
 from milo.kernels.layout import RANKS, TILE, PackedMatrix
+from milo.kernels.planes import gather
 
 
 def weight_codes(weight: PackedMatrix, expert: int) -> torch.Tensor:
@@ -48,7 +49,7 @@ def v_factor(weight: PackedMatrix, expert: int) -> tuple[torch.Tensor, torch.Ten
     return codes.unflatten(0, (weight.parts, -1)), scales.unflatten(0, (weight.parts, -1))
 
 
-def unpack(weight: PackedMatrix, expert: int, part: int, rank: int) -> dict[str, torch.Tensor]:
+def unpack(weight: PackedMatrix, expert: int, part: int, rank: int, encoding: Encoding) -> dict[str, torch.Tensor]:
     """The neutral tensors of one matrix, bit for bit what `repack` was given.
 
     Args:
@@ -56,18 +57,11 @@ def unpack(weight: PackedMatrix, expert: int, part: int, rank: int) -> dict[str,
         expert: member of it.
         part: 0, or 1 for the second of two (up beside gate).
         rank: rank of this matrix, which the layout has rounded up.
-
-    Returns:
-        `weight_packed`, `weight_scale`, `weight_zero` and, for a rank above 0, the factors and their scales.
+        encoding: how the matrix was written.
     """
     n, k = weight.out_features, weight.in_features
-    groups = -(-k // weight.group_size)
-    meta = weight_meta(weight, expert)[part, :n, :groups]
-    tensors = {
-        "weight_packed": pack_words(weight_codes(weight, expert)[part, :n, :k], weight.bits),
-        "weight_scale": meta[..., 0].contiguous(),
-        "weight_zero": meta[..., 1].contiguous(),
-    }
+    meta = weight_meta(weight, expert)[part, :n, : weight.planes * encoding.groups(k)]
+    tensors = gather(weight_codes(weight, expert)[part, :n], meta[..., 0], meta[..., 1], encoding, k)
     if rank:
         codes, scales = u_factor(weight, expert)
         # A group of 64 rows lies in `parts` row tiles, each of which repeats its scale.

@@ -13,9 +13,11 @@ from functools import partial
 import torch
 from torch import nn
 
+from milo.format.matrix import Encoding
 from milo.kernels import decode
-from milo.kernels.layout import PackedMatrix, repack, supports
+from milo.kernels.layout import TILE, PackedMatrix, repack, supports
 from milo.kernels.packed_reference import ACTIVATIONS, activate
+from milo.kernels.planes import lossless
 from milo.kernels.unpack import unpack
 from milo.modules.experts import CompressedExperts
 from milo.modules.matrix import CompressedLinear, CompressedMatrix, device_only
@@ -36,9 +38,9 @@ class PackedWeight(nn.Module):
     def matrix(self) -> PackedMatrix:
         return PackedMatrix.of([getattr(self, name) for name in _NAMES], self._numbers)
 
-    def unpack(self, expert: int, part: int, rank: int) -> dict[str, torch.Tensor]:
+    def unpack(self, expert: int, part: int, rank: int, encoding: Encoding) -> dict[str, torch.Tensor]:
         """The stored tensors of one matrix."""
-        return unpack(self.matrix, expert, part, rank)
+        return unpack(self.matrix, expert, part, rank, encoding)
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> PackedWeight:
         return super()._apply(device_only(fn, self.buffers(recurse=False)), recurse)
@@ -103,6 +105,8 @@ def _why_not(matrices: Sequence[CompressedMatrix], device_type: str) -> str:
     if where != {device_type}:
         return f"its weights are on {', '.join(sorted(where))}"
     fits, reason = supports(first.encoding, first.shape)
+    if fits and not all(lossless(m.member(), m.encoding, m.shape[1], TILE) for m in matrices):
+        return "scales too small for fp16"
     return "" if fits else reason
 
 
@@ -120,6 +124,8 @@ def _why_not_experts(experts: CompressedExperts, device_type: str) -> str:
         reason = _why_not([matrix for part in projection for matrix in part], device_type)
         if reason:
             return reason
+        if projection[0][0].encoding.planes > 1:
+            return "experts with codes of 6 or 8 bits"
     return ""
 
 
@@ -135,5 +141,5 @@ def _repacked(parts: Sequence[Sequence[CompressedMatrix]]) -> PackedWeight:
     packed = PackedWeight(repack([[m.member() for m in part] for part in parts], first.encoding, first.shape))
     for number, part in enumerate(parts):
         for expert, matrix in enumerate(part):
-            matrix.release(partial(packed.unpack, expert, number, matrix.ranks[0]))
+            matrix.release(partial(packed.unpack, expert, number, matrix.ranks[0], matrix.encoding))
     return packed
