@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 import zoo
 from milo.checkpoint.source import Checkpoint
 from milo.format.matrix import Encoding
-from milo.modules.experts import CompressedExperts
+from milo.modules.experts import CompressedExperts, Projection, compress_experts
 from milo.modules.matrix import CompressedLinear, CompressedMatrix
 from milo.modules.packed import PackedWeight, gate_activation, use_kernels
 from milo.solve.stack import solve_stack
@@ -74,6 +74,33 @@ def test_a_model_in_the_kernels_layout_is_saved_bit_for_bit(
     assert before.tensors.keys() == after.tensors.keys()
     packed = [name for name in before.tensors if "weight_" in name or "lowrank" in name]
     assert all(torch.equal(before.read(name), after.read(name)) for name in packed)
+
+
+@pytest.mark.parametrize("ranks", [[3, 0, 17], [0, 0, 0]])
+def test_experts_stored_as_stacks(ranks: list[int]) -> None:
+    """Gate and up in one tensor of all experts: cut over out-features on the way in, joined on the way out."""
+    experts = next(iter(zoo.expert_modules(zoo.tiny_model("mixtral")).values()))
+    experts.num_experts = 3
+    hidden, projections = 96, {}
+    for name, shape in (("gate_up_proj", (256, hidden)), ("down_proj", (hidden, 128))):
+        del experts._parameters[name]
+        matrix = CompressedMatrix(Encoding(), shape, ranks, stacked=True)
+        weight = torch.randn(3, *shape, generator=torch.Generator().manual_seed(len(name))) * 0.1
+        for member, solved in enumerate(solve_stack(weight, ranks, Encoding(), rounds=1)):
+            matrix.fill(member, solved.tensors)
+        projections[name] = Projection([[matrix]])
+    compress_experts(experts, projections)
+    x, ids, weights = torch.randn(5, hidden), torch.tensor([[0, 1], [2, 0], [1, 2], [2, 1], [0, 2]]), torch.rand(5, 2)
+    stacks = [projections[name].parts[0][0] for name in projections]
+    before = [{n: t.clone() for n, t in stack.state_dict().items()} for stack in stacks]
+    expected = experts(x, ids, weights)
+    assert use_kernels(nn.Sequential(experts), "cpu") == {}
+    assert all(stack.released for stack in stacks)
+    torch.testing.assert_close(experts(x, ids, weights), expected, rtol=1e-4, atol=1e-4)
+    for stack, tensors in zip(stacks, before, strict=True):
+        after = stack.state_dict()
+        assert after.keys() == tensors.keys()
+        assert all(torch.equal(after[name], tensors[name]) for name in tensors)
 
 
 @pytest.mark.parametrize(

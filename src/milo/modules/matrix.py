@@ -48,15 +48,15 @@ class CompressedMatrix(nn.Module):
         for name, spec in encoding.tensors(full, sum(self.ranks)).items():
             empty = torch.empty(spec.shape, dtype=_DTYPES[spec.dtype], device=device)
             self.register_parameter(name, nn.Parameter(empty, requires_grad=False))
-        self._source: Callable[[], Mapping[str, torch.Tensor]] | None = None
+        self._source: Callable[[int], Mapping[str, torch.Tensor]] | None = None
 
     @property
     def released(self) -> bool:
         """Whether the tensors are held elsewhere (see `release`)."""
         return self._source is not None
 
-    def release(self, source: Callable[[], Mapping[str, torch.Tensor]]) -> None:
-        """Give the tensors up; from now on `source` makes them whenever they are asked for."""
+    def release(self, source: Callable[[int], Mapping[str, torch.Tensor]]) -> None:
+        """Give the tensors up; from now on `source` makes those of a member whenever they are asked for."""
         for name in [name for name in self._parameters if name != "bias"]:
             del self._parameters[name]
         self._source = source
@@ -70,7 +70,7 @@ class CompressedMatrix(nn.Module):
     def member(self, member: int = 0) -> dict[str, torch.Tensor]:
         """The tensors of one matrix by suffix: views, or fresh ones where they were released."""
         if self._source is not None:
-            return dict(self._source())
+            return dict(self._source(member))
         tensors = {name: parameter.data for name, parameter in self.named_parameters(recurse=False)}
         tensors.pop("bias", None)
         if not self.stacked:
@@ -93,8 +93,15 @@ class CompressedMatrix(nn.Module):
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        if self._source is not None:  # to the host: a second copy of the model may not fit the device
-            destination.update({prefix + name: tensor.cpu() for name, tensor in self._source().items()})
+        if self._source is None:
+            return
+        # To the host, one at a time: a second copy of the model may not fit the device.
+        members = [{n: t.cpu() for n, t in self._source(i).items()} for i in range(len(self.ranks))]
+        for name in sorted({name for member in members for name in member}):
+            parts = [member[name] for member in members if name in member]
+            if self.stacked:
+                parts = [torch.cat(parts) if name.startswith("lowrank") else torch.stack(parts)]
+            destination[prefix + name] = parts[0]
 
     def extra_repr(self) -> str:
         n, k = self.shape

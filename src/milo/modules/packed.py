@@ -13,7 +13,8 @@ from functools import partial
 import torch
 from torch import nn
 
-from milo.format.matrix import Encoding
+from milo.format.matrix import FACTOR_GROUP, Encoding
+from milo.format.rows import cut_rows, join_rows
 from milo.kernels import decode
 from milo.kernels.layout import TILE, PackedMatrix, repack, supports
 from milo.kernels.packed_reference import ACTIVATIONS, activate
@@ -38,9 +39,20 @@ class PackedWeight(nn.Module):
     def matrix(self) -> PackedMatrix:
         return PackedMatrix.of([getattr(self, name) for name in _NAMES], self._numbers)
 
-    def unpack(self, expert: int, part: int, rank: int, encoding: Encoding) -> dict[str, torch.Tensor]:
-        """The stored tensors of one matrix."""
-        return unpack(self.matrix, expert, part, rank, encoding)
+    def unpack(
+        self, member: int, first: int, parts: Sequence[int], ranks: Sequence[int], encoding: Encoding
+    ) -> dict[str, torch.Tensor]:
+        """The stored tensors of one matrix.
+
+        Args:
+            member: of the stored stack; 0 where a matrix was stored alone.
+            first: expert that member 0 is.
+            parts: of the packed matrix that the stored one consists of, over out-features.
+            ranks: of the members.
+            encoding: how they were written.
+        """
+        packed = self.matrix
+        return join_rows([unpack(packed, first + member, part, ranks[member], encoding) for part in parts])
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> PackedWeight:
         return super()._apply(device_only(fn, self.buffers(recurse=False)), recurse)
@@ -97,49 +109,68 @@ def _why_not(matrices: Sequence[CompressedMatrix], device_type: str) -> str:
     first = matrices[0]
     if all(matrix.released for matrix in matrices):
         return ""
-    if any(matrix.stacked for matrix in matrices):
-        return "experts stored as one fused tensor are not repacked yet"
     if len({(matrix.encoding, matrix.shape) for matrix in matrices}) > 1:
         return "its matrices are written in different ways"
-    where = {tensor.device.type for matrix in matrices for tensor in matrix.member().values()}
+    where = {tensor.device.type for matrix in matrices for tensor in matrix.parameters(recurse=False)}
     if where != {device_type}:
         return f"its weights are on {', '.join(sorted(where))}"
     fits, reason = supports(first.encoding, first.shape)
-    if fits and not all(lossless(m.member(), m.encoding, m.shape[1], TILE) for m in matrices):
+    if not fits:
+        return reason
+    members = (m.member(i) for m in matrices for i in range(len(m.ranks)))
+    if not all(lossless(member, first.encoding, first.shape[1], TILE) for member in members):
         return "scales too small for fp16"
-    return "" if fits else reason
+    return ""
 
 
 def _why_not_experts(experts: CompressedExperts, device_type: str) -> str:
-    parts = {name: projection.parts for name, projection in experts.projections.items()}
-    if not experts.has_gate or len(parts.get("gate_up_proj", [])) != 2:
-        if experts.has_gate and experts.projections["gate_up_proj"].parts[0][0].stacked:
-            return "experts stored as one fused tensor are not repacked yet"
-        return "experts without separate gate and up projections"
+    if not experts.has_gate:
+        return "experts without a gate"
     if experts.has_bias or getattr(experts, "has_post_expert_norm", False):
         return "experts with biases or norms"
     if experts.activation is None and gate_activation(experts) is None:
         return f"the gate of {type(experts).__name__} is none of {', '.join(ACTIVATIONS)}"
-    for projection in parts.values():
-        reason = _why_not([matrix for part in projection for matrix in part], device_type)
+    for name, projection in experts.projections.items():
+        first = projection.parts[0][0]
+        reason = _why_not([matrix for part in projection.parts for matrix in part], device_type)
         if reason:
             return reason
-        if projection[0][0].encoding.planes > 1:
-            return "experts with codes of 6 or 8 bits"
+        if first.encoding.planes > 1:
+            return f"experts with codes of {first.encoding.bits} bits"
+        rows = first.shape[0]
+        if name == "gate_up_proj" and len(projection.parts) == 1 and rows % (2 * FACTOR_GROUP):
+            return f"gate and up of {rows // 2} rows each in one matrix"
     return ""
 
 
 def _pack_experts(experts: CompressedExperts) -> None:
     activation = gate_activation(experts)
-    experts.packed_gate_up = _repacked(experts.projections["gate_up_proj"].parts)
-    experts.packed_down = _repacked(experts.projections["down_proj"].parts)
+    experts.packed_gate_up = _repacked(experts.projections["gate_up_proj"].parts, 2)
+    experts.packed_down = _repacked(experts.projections["down_proj"].parts, 1)
     experts.activation = activation
 
 
-def _repacked(parts: Sequence[Sequence[CompressedMatrix]]) -> PackedWeight:
-    first = parts[0][0]
-    packed = PackedWeight(repack([[m.member() for m in part] for part in parts], first.encoding, first.shape))
-    for number, part in enumerate(parts):
-        for expert, matrix in enumerate(part):
-            matrix.release(partial(packed.unpack, expert, number, matrix.ranks[0], matrix.encoding))
+def _repacked(stored: Sequence[Sequence[CompressedMatrix]], wanted: int = 1) -> PackedWeight:
+    """Repack matrices and let them go.
+
+    Args:
+        stored: as `Projection.parts`.
+        wanted: parts of the packed matrix. One stored part is cut into as many over its out-features.
+    """
+    first = stored[0][0]
+    cuts, rows = wanted // len(stored), first.shape[0] * len(stored) // wanted
+    parts: list[list[dict[str, torch.Tensor]]] = []
+    for column in stored:
+        members = [matrix.member(i) for matrix in column for i in range(len(matrix.ranks))]
+        for cut in range(cuts):
+            parts.append([cut_rows(m, first.encoding, cut * rows, (cut + 1) * rows) for m in members])
+    packed = PackedWeight(repack(parts, first.encoding, (rows, first.shape[1])))
+    for number, column in enumerate(stored):
+        expert = 0
+        for matrix in column:
+            made_of = range(number * cuts, (number + 1) * cuts)
+            matrix.release(
+                partial(packed.unpack, first=expert, parts=made_of, ranks=matrix.ranks, encoding=matrix.encoding)
+            )
+            expert += len(matrix.ranks)
     return packed
