@@ -29,3 +29,7 @@ class FormatError(MiloError):
 
 class WeightError(MiloError):
     """A weight holds values that cannot be compressed (NaN or Inf)."""
+
+
+class HubError(MiloError):
+    """A model hub refused what was asked of it, or cannot be reached."""

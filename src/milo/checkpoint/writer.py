@@ -28,6 +28,7 @@ from milo.errors import CheckpointError
 from milo.format.matrix import DTYPE_BYTES, TensorSpec
 
 UNFINISHED = "milo_unfinished.json"
+EVALUATION = "milo_eval.json"  # what `milo eval --save` measured; nothing but these weights makes it true
 _TEMPORARY = ".part"
 Unit = Sequence[tuple[str, TensorSpec]]  # tensors that must share a shard: those of one matrix
 
@@ -217,7 +218,7 @@ def check_output(folder: Path, overwrite: bool) -> None:
 
 def _clear(folder: Path) -> None:
     for path in folder.iterdir():
-        if path.suffix == ".safetensors" or path.suffix == _TEMPORARY or path.name in (INDEX, "config.json"):
+        if path.suffix in (".safetensors", _TEMPORARY) or path.name in (INDEX, EVALUATION, "config.json"):
             path.unlink()
 
 

@@ -16,6 +16,8 @@ from milo.cli.console import err
 from milo.cli.demo import demo
 from milo.cli.doctor import doctor
 from milo.cli.measure import evaluate, generate, inspect
+from milo.cli.push import push
+from milo.cli.report import report
 from milo.errors import MiloError
 
 app = typer.Typer(
@@ -31,7 +33,9 @@ app.command()(profile)
 app.command()(quantize)
 app.command("eval")(evaluate)
 app.command()(inspect)
+app.command()(report)
 app.command()(generate)
+app.command()(push)
 app.command()(doctor)
 
 

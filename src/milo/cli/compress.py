@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shlex
+import sys
 from collections import defaultdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -113,6 +115,7 @@ def quantize(
             made,
             output,
             base_model=base_model,
+            command=shlex.join(["milo", *sys.argv[1:]]),
             device=device,
             max_shard_size=_bytes(max_shard_size),
             overwrite=overwrite,

@@ -16,6 +16,7 @@ from milo.cli.console import bar, out, print_json, say, size
 from milo.cli.options import BEST_DEVICE, DeviceOption, FolderArgument, JsonOption, ModelArgument
 from milo.evaluate.folder import Evaluation, evaluate_folder, load_model, load_tokenizer
 from milo.evaluate.text import load_text
+from milo.pipeline.card import save_evaluation
 
 DtypeOption = Annotated[str, typer.Option("--dtype", help="auto, float32, bfloat16 or float16.")]
 
@@ -29,6 +30,7 @@ def evaluate(
     max_tokens: Annotated[int | None, typer.Option(help="Judge on the first tokens only.")] = None,
     dtype: DtypeOption = "auto",
     device: DeviceOption = BEST_DEVICE,
+    save: Annotated[bool, typer.Option("--save", help="Keep it in MODEL/milo_eval.json and the card.")] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Perplexity in both protocols, divergence from the original, exact bytes."""
@@ -46,6 +48,8 @@ def evaluate(
             device=device,
             progress=update,
         )
+    if save:
+        save_evaluation(find_model(model), result.to_json())
     if as_json:
         print_json(result.to_json())
     else:

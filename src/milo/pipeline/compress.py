@@ -24,7 +24,7 @@ from milo.checkpoint.source import INDEX, Checkpoint
 from milo.checkpoint.writer import FolderWriter, Shard, Unit, check_output, explained, lay_out
 from milo.errors import CheckpointError
 from milo.format.matrix import TensorSpec
-from milo.pipeline.card import model_card
+from milo.pipeline.card import inherited_metadata, model_card
 from milo.pipeline.work import one_thread, pieces, read_members, solve_piece, worker_count
 from milo.plan.plan import Plan, Row
 from milo.solve.stack import Solved
@@ -97,6 +97,7 @@ def compress_checkpoint(
     out: str | Path,
     *,
     base_model: str | None = None,
+    command: str | None = None,
     device: str = "cpu",
     max_shard_size: int = MAX_SHARD_SIZE,
     overwrite: bool = False,
@@ -110,6 +111,7 @@ def compress_checkpoint(
         plan: what to do.
         out: output folder; must not exist or be empty.
         base_model: name to record for the source.
+        command: what the user typed, for the report.
         device: where matrices are solved.
         max_shard_size: bytes a shard.
         overwrite: replace an existing output.
@@ -136,11 +138,11 @@ def compress_checkpoint(
             done += len(members) * row.shape[0] * row.shape[1]
             progress(done, plan.parameters, row.name)
         seconds = time.perf_counter() - begin
-        report = {**summary(plan, shards), "seconds": round(seconds, 2), "matrices": matrices}
+        report = {**summary(plan, shards), "command": command, "seconds": round(seconds, 2), "matrices": matrices}
         config = {**source.config, "quantization_config": quantization_config(plan, base_model)}
         with explained(Path(out)):
             _copy_side_files(source.folder, Path(out))
-        card = model_card(config, report, base_model)
+        card = model_card(config, report, base_model, inherited_metadata(source.folder))
         writer.finish({REPORT: json.dumps(report, indent=1), "README.md": card}, config)
     finally:
         writer.close()
