@@ -75,6 +75,11 @@ class CompressedCheckpoint(Checkpoint):
         """`milo_report.json`."""
         return load_json(self.folder / REPORT)
 
+    @property
+    def has_report(self) -> bool:
+        """Whether there is one: a folder that another program saved again has lost it."""
+        return (self.folder / REPORT).exists()
+
     @cached_property
     def evaluation(self) -> dict[str, Any] | None:
         """`milo_eval.json`, or None where nothing was measured and saved."""

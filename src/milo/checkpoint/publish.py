@@ -17,6 +17,8 @@ from milo.checkpoint.source import INDEX
 from milo.errors import HubError
 
 _LAST = "config.json"
+# Base of what the HTTP library raises where there is no connection: httpx under huggingface_hub 1.x, httpx2 under 2.x.
+_HTTP_ERROR: type[Exception] = HfHubHTTPError.__bases__[0]
 
 
 def publish(folder: str | Path, repo: str, *, private: bool = False, endpoint: str | None = None) -> str:
@@ -59,7 +61,7 @@ def publish(folder: str | Path, repo: str, *, private: bool = False, endpoint: s
         raise HubError(f"no token for {hub.endpoint}: run `hf auth login` or set HF_TOKEN") from error
     except HfHubHTTPError as error:
         raise HubError(_explain(error, repo, hub.endpoint)) from error
-    except OSError as error:
+    except (_HTTP_ERROR, OSError) as error:
         raise HubError(f"cannot reach {hub.endpoint}: {error}") from error
     return str(address)
 

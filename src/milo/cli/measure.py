@@ -59,7 +59,7 @@ def evaluate(
 def inspect(folder: FolderArgument, as_json: JsonOption = False) -> None:
     """What is in a compressed folder: bits, rank and error by role."""
     checkpoint = CompressedCheckpoint(find_model(folder))
-    matrices = checkpoint.report["matrices"] if (checkpoint.folder / REPORT).exists() else []
+    matrices = checkpoint.report["matrices"] if checkpoint.has_report else []
     errors: dict[str, list[float]] = defaultdict(list)
     for matrix in matrices:
         errors[matrix["role"]].append(matrix["error"])

@@ -13,9 +13,9 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
 from huggingface_hub.repocard import metadata_load
+from yaml import YAMLError  # PyYAML comes with huggingface_hub
 
-from milo.checkpoint.compressed import REPORT, CompressedCheckpoint
-from milo.checkpoint.source import load_json
+from milo.checkpoint.compressed import CompressedCheckpoint
 from milo.checkpoint.writer import EVALUATION, explained, write_atomically
 
 CARD = "README.md"
@@ -78,7 +78,7 @@ def inherited_metadata(folder: Path) -> dict[str, Any]:
         return {}
     try:
         found = metadata_load(path) or {}
-    except (ValueError, OSError):  # somebody else's card: its mistakes are no reason to refuse the weights
+    except (ValueError, OSError, YAMLError):  # somebody else's card: its mistakes are no reason to refuse the weights
         return {}
     return {key: found[key] for key in _INHERITED if found.get(key)}
 
@@ -97,10 +97,10 @@ def save_evaluation(folder: Path, evaluation: Mapping[str, Any]) -> None:
     with explained(folder):
         write_atomically(folder / EVALUATION, json.dumps(evaluation, indent=1))
         card = folder / CARD
-        if not (folder / REPORT).exists() or (card.exists() and GENERATED not in card.read_text(encoding="utf-8")):
+        if not checkpoint.has_report or (card.exists() and GENERATED not in card.read_text(encoding="utf-8")):
             return
         inherited = inherited_metadata(folder)
-        text = model_card(checkpoint.config, load_json(folder / REPORT), checkpoint.base_model, inherited, evaluation)
+        text = model_card(checkpoint.config, checkpoint.report, checkpoint.base_model, inherited, evaluation)
         write_atomically(card, text)
 
 

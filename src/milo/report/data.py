@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from milo.checkpoint.compressed import REPORT, CompressedCheckpoint
+from milo.checkpoint.compressed import CompressedCheckpoint
 from milo.checkpoint.inventory import Kind
 from milo.checkpoint.roles import LAYER_INDEX, Role, role_of
 from milo.plan.plan import Row
@@ -161,7 +161,7 @@ def gather(checkpoint: CompressedCheckpoint) -> ReportData:
     Raises:
         CheckpointError: `milo_report.json` is unreadable.
     """
-    made = dict(checkpoint.report) if (checkpoint.folder / REPORT).exists() else {}
+    made = dict(checkpoint.report) if checkpoint.has_report else {}
     errors = {(entry["name"], entry.get("member")): entry["error"] for entry in made.pop("matrices", [])}
     matrices: list[Matrix] = []
     stacked: dict[str, list[tuple[Row, list[Matrix]]]] = defaultdict(list)
