@@ -78,18 +78,20 @@ class Browser:
         os.close(self._read)
         self._profile.cleanup()
 
-    def open(self, page: Path, width: int, dark: bool = False, height: int = 900) -> None:
-        """Load a local file as a screen of this width in CSS pixels and this colour scheme would."""
+    def open(self, page: Path | str, width: int, dark: bool = False, height: int = 900) -> None:
+        """Load a file or an address as a screen of this width in CSS pixels and this colour scheme would."""
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         screen = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 600}
         self.call("Emulation.setDeviceMetricsOverride", **screen)
         self.call("Emulation.setEmulatedMedia", features=[scheme])
+        address = page.resolve().as_uri() if isinstance(page, Path) else page
+        self.call("Page.navigate", url="about:blank")
         self.complaints.clear()
         self.requests.clear()
-        self.call("Page.navigate", url=page.resolve().as_uri())
+        self.call("Page.navigate", url=address)
         deadline = time.monotonic() + 60
-        while self.evaluate("document.readyState + location.protocol") != "completefile:":
-            assert time.monotonic() < deadline, f"{page} did not load"
+        while self.evaluate("document.readyState + (location.href !== 'about:blank')") != "completetrue":
+            assert time.monotonic() < deadline, f"{address} did not load"
             time.sleep(0.02)
         self.evaluate("new Promise(done => requestAnimationFrame(() => setTimeout(done, 50)))")
 

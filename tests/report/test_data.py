@@ -84,7 +84,7 @@ def test_equal_values_have_a_scale_too() -> None:
 
 def test_an_evaluation_shows_what_it_knows_and_what_is_simple() -> None:
     rows = dict(evaluation.measurements(EVALUATION).rows)
-    assert rows["KL divergence from the original, nats a token"] == "0.03 ± 0.001"
+    assert rows["KL divergence from the original, nats a token"] == "0.03000 ± 0.00100"
     assert rows["Same first choice as the original"] == "87.00 %"
     others = {table.title: table for table in evaluation.others(EVALUATION)}
     assert set(others) == {"Also recorded", "router agreement", "tasks"}

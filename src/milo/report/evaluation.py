@@ -39,8 +39,8 @@ def measurements(evaluation: Mapping[str, Any]) -> Table:
             rows.append((f"Perplexity, windows of {show(found.get('window'))}, {how}", show(found["ppl"])))
     found = _object(evaluation.get("divergence"))
     if "kl" in found:
-        error = f" ± {show(found['kl_se'])}" if found.get("kl_se") is not None else ""
-        rows.append(("KL divergence from the original, nats a token", show(found["kl"]) + error))
+        error = f" ± {found['kl_se']:.5f}" if found.get("kl_se") is not None else ""
+        rows.append(("KL divergence from the original, nats a token", f"{found['kl']:.5f}{error}"))
     if "top1" in found:
         rows.append(("Same first choice as the original", f"{100 * found['top1']:.2f} %"))
     tokens = _object(evaluation.get("contiguous")).get("tokens")
