@@ -19,6 +19,8 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from milo.checkpoint.compressed import CompressedCheckpoint
 from milo.integrations.transformers.source import open_source
@@ -162,6 +164,14 @@ def tiny_mixtral(folder: Path, shards: int = 1, seed: int = 0, **sizes: int) -> 
     """A random Mixtral on disk in bfloat16."""
     shapes, config = mixtral(**sizes)
     return write_checkpoint(folder, random_tensors(shapes, seed=seed), config, shards)
+
+
+def word_tokenizer(folder: Path) -> None:
+    """Give a model folder a tokenizer of the words `w1` to `w199`."""
+    words = {"[UNK]": 0, **{f"w{i}": i for i in range(1, 200)}}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="[UNK]").save_pretrained(folder)
 
 
 def compress(

@@ -11,9 +11,8 @@ import time
 from pathlib import Path
 
 import pytest
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
 
+import builders
 import zoo
 
 MILO = [sys.executable, "-m", "milo.cli.app"]
@@ -36,10 +35,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny Mixtral with a word tokenizer."""
     folder = tmp_path_factory.mktemp("cli") / "tiny"
     zoo.tiny_model("mixtral").save_pretrained(folder)
-    words = {"[UNK]": 0, **{f"w{i}": i for i in range(1, 200)}}
-    tokenizer = Tokenizer(models.WordLevel(words, unk_token="[UNK]"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="[UNK]").save_pretrained(folder)
+    builders.word_tokenizer(folder)
     return folder
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -17,12 +16,6 @@ from milo.report.data import ReportData, gather
 from milo.report.page import render
 from milo.report.plots import write_figures
 from report.conftest import EVALUATION
-
-
-@pytest.fixture(scope="module")
-def chromium() -> Iterator[browser.Browser]:
-    with browser.Browser(browser.find()) as found:
-        yield found
 
 
 @pytest.fixture(scope="module")
