@@ -8,9 +8,11 @@ from pathlib import Path
 import pytest
 from huggingface_hub import ModelCard
 from huggingface_hub.repocard import metadata_load
+from typer.testing import CliRunner
 
 import builders
 from milo.checkpoint.compressed import CompressedCheckpoint
+from milo.cli.app import app
 from milo.errors import FormatError
 from milo.pipeline.card import GENERATED, inherited_metadata, model_card, save_evaluation
 
@@ -98,6 +100,9 @@ def test_an_evaluation_is_kept_only_with_the_weights_it_belongs_to(
 ) -> None:
     with pytest.raises(FormatError, match="not compressed with MiLo"):
         save_evaluation(mixtral_folder, EVALUATION)
+    (tmp_path / "text").write_text("a text")
+    refused = CliRunner().invoke(app, ["eval", str(mixtral_folder), "--text", str(tmp_path / "text"), "--save"])
+    assert isinstance(refused.exception, FormatError)  # before the model is loaded, let alone judged
     folder = builders.copied(compressed_folder, tmp_path / "folder")
     save_evaluation(folder, EVALUATION)
     builders.compress(mixtral_folder, folder, recipe="hqq", overwrite=True)

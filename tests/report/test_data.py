@@ -8,7 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import builders
 from milo.checkpoint.compressed import CompressedCheckpoint
+from milo.errors import CheckpointError
 from milo.report import evaluation
 from milo.report.colour import THEMES, Scale, paint, ramp
 from milo.report.data import ReportData, gather
@@ -46,6 +48,13 @@ def test_every_cell_is_the_reports_matrix(compressed_folder: Path) -> None:
             seen += 1
     assert seen == len(written)
     assert [m.error for m in data.worst(3)] == sorted((m["error"] for m in written.values()), reverse=True)[:3]
+
+
+def test_a_damaged_report_is_named(compressed_folder: Path, tmp_path: Path) -> None:
+    folder = builders.copied(compressed_folder, tmp_path / "folder")
+    builders.edit_json(folder / "milo_report.json", matrices=[{"name": "x"}])
+    with pytest.raises(CheckpointError, match=r"milo_report\.json is damaged"):
+        gather(CompressedCheckpoint(folder))
 
 
 def test_stacks_have_a_column_for_every_member_and_unknown_errors_stay_unknown(fused: ReportData) -> None:

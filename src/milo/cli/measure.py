@@ -35,6 +35,8 @@ def evaluate(
 ) -> None:
     """Perplexity in both protocols, divergence from the original, exact bytes."""
     content, name = load_text(text)
+    if save:
+        CompressedCheckpoint(find_model(model))  # refuses another model now and not after it was judged
     with bar() as update:
         result = evaluate_folder(
             model,

@@ -16,13 +16,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from milo.checkpoint.compressed import CompressedCheckpoint
+from milo.checkpoint.compressed import REPORT, CompressedCheckpoint
 from milo.checkpoint.inventory import Kind
 from milo.checkpoint.roles import LAYER_INDEX, Role, role_of
+from milo.errors import CheckpointError
 from milo.plan.plan import Row
 
 # What a stored byte is for. Compensators are what MiLo adds, so figures give them the accent.
-PARTS = ("codes", "scales and zeros", "compensators", "kept at 16 bits")
+PARTS = ("codes", "scales and zeros", "compensators", "uncompressed")
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ class Grid:
         role: role of the matrices.
         layers: the layers' numbers, ascending; `(0,)` where the name has none.
         error: float64 `[layers, experts]`, NaN if unknown.
-        rank: int64 `[layers, experts]`.
+        rank: float64 likewise, NaN where a layer has fewer experts.
     """
 
     template: str
@@ -62,7 +63,7 @@ class Grid:
     role: Role
     layers: tuple[int, ...]
     error: NDArray[np.float64]
-    rank: NDArray[np.int64]
+    rank: NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -159,10 +160,13 @@ def gather(checkpoint: CompressedCheckpoint) -> ReportData:
         checkpoint: an opened, hence checked, folder.
 
     Raises:
-        CheckpointError: `milo_report.json` is unreadable.
+        CheckpointError: `milo_report.json` is unreadable or damaged.
     """
     made = dict(checkpoint.report) if checkpoint.has_report else {}
-    errors = {(entry["name"], entry.get("member")): entry["error"] for entry in made.pop("matrices", [])}
+    try:
+        errors = {(entry["name"], entry.get("member")): float(entry["error"]) for entry in made.pop("matrices", [])}
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        raise CheckpointError(f"{checkpoint.folder / REPORT} is damaged: {error!r}; delete it to do without") from error
     matrices: list[Matrix] = []
     stacked: dict[str, list[tuple[Row, list[Matrix]]]] = defaultdict(list)
     for row in checkpoint.plan.rows:
@@ -193,7 +197,7 @@ def _grid(template: str, label: str, rows: Sequence[tuple[Row, Sequence[Matrix]]
     numbered.sort(key=lambda item: item[0])
     width = max(len(members) for _, members in numbered)
     error = np.full((len(numbered), width), nan)
-    rank = np.zeros((len(numbered), width), dtype=np.int64)
+    rank = np.full((len(numbered), width), nan)
     for i, (_, members) in enumerate(numbered):
         error[i, : len(members)] = [matrix.error for matrix in members]
         rank[i, : len(members)] = [matrix.rank for matrix in members]

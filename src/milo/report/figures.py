@@ -68,8 +68,14 @@ def heat_map(found: Map, quantity: str, scale: Scale) -> Markup:
         _TOP + height + _AXIS,
         *children,
     )
-    about = {"data_map": found.key, "data_box": f"{left:g} {_TOP:g} {width:g} {height:g}"}
-    return tag("div", drawing, class_="map", data_wide="" if width > _PANEL else None, tabindex=0, **about)
+    about = {
+        "role": "group",
+        "aria_label": f"{quantity} of {found.title}; arrow keys step through the cells",
+        "data_map": found.key,
+        "data_box": f"{left:g} {_TOP:g} {width:g} {height:g}",
+        "data_wide": "" if width > _PANEL else None,
+    }
+    return tag("div", drawing, class_="map", tabindex=0, **about)
 
 
 def legend(key: str, scale: Scale) -> Markup:

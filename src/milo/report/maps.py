@@ -71,7 +71,7 @@ def expert_maps(data: ReportData) -> list[Map]:
             ("layer", "expert"),
             grid.layers,
             grid.error,
-            grid.rank.astype(np.float64),
+            grid.rank,
         )
         for index, grid in enumerate(data.expert_grids)
     ]
@@ -92,7 +92,7 @@ def single_map(data: ReportData) -> Map | None:
         ("", "layer"),
         layers,
         np.stack([_spread(grid, grid.error[:, 0], layers) for grid in grids]),
-        np.stack([_spread(grid, grid.rank[:, 0].astype(np.float64), layers) for grid in grids]),
+        np.stack([_spread(grid, grid.rank[:, 0], layers) for grid in grids]),
     )
 
 

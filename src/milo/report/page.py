@@ -134,19 +134,15 @@ def _quantities(section: str, maps: list[Map]) -> list[dict[str, Any]]:
 
 def _layer_rows(maps: list[Map]) -> list[dict[str, Any]]:
     """Each layer of each expert map in numbers."""
-    return [
-        {
-            "layer": found.rows[i],
-            "matrix": found.title,
-            "mean": float(found.error[i].mean()),
-            "low": float(found.error[i].min()),
-            "high": float(found.error[i].max()),
-            "rank": float(found.rank[i].mean()),
-            "ranks": f"{found.rank[i].min():.0f}–{found.rank[i].max():.0f}",
-        }
-        for found in maps
-        for i in range(len(found.rows))
-    ]
+    rows = []
+    for found in maps:
+        for i, layer in enumerate(found.rows):
+            error, rank = (values[i][np.isfinite(values[i])] for values in (found.error, found.rank))
+            low, mean, high = (error.min(), error.mean(), error.max()) if error.size else (nan, nan, nan)
+            ranks = f"{rank.min():.0f}–{rank.max():.0f}"
+            entry = {"layer": layer, "matrix": found.title, "low": low, "mean": mean, "high": high}
+            rows.append({**entry, "rank": rank.mean(), "ranks": ranks})
+    return rows
 
 
 def _single_rows(found: Map) -> list[tuple[str, str, float, float]]:
@@ -154,7 +150,7 @@ def _single_rows(found: Map) -> list[tuple[str, str, float, float]]:
         (name, found.columns[j], float(found.error[i, j]), float(found.rank[i, j]))
         for i, name in enumerate(found.rows)
         for j in range(len(found.columns))
-        if found.rank[i, j] == found.rank[i, j]
+        if np.isfinite(found.rank[i, j])
     ]
 
 
