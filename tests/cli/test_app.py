@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -104,6 +105,10 @@ def test_generate_continues_a_prompt(compressed: Path) -> None:
     shown = milo("generate", compressed, "-p", "w1 w2 w3", "--max-new-tokens", "5").stdout
     assert shown.startswith("w1 w2 w3 ")
     assert len(shown.split()) >= 4
+
+
+def test_version() -> None:
+    assert milo("--version").stdout.strip() == f"milo {version('milo-moe')}"
 
 
 def test_doctor_names_the_kernel_that_runs() -> None:

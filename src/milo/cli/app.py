@@ -7,12 +7,14 @@ import signal
 import sys
 import warnings
 from types import FrameType
+from typing import Annotated
 
 import typer
 from transformers.utils import logging as transformers_logging
 
+import milo
 from milo.cli.compress import plan, profile, quantize
-from milo.cli.console import err
+from milo.cli.console import err, say
 from milo.cli.demo import demo
 from milo.cli.doctor import doctor
 from milo.cli.measure import evaluate, generate, inspect
@@ -27,6 +29,23 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        say(f"milo {milo.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and leave.", callback=_print_version, is_eager=True)
+    ] = False,
+) -> None:
+    pass
+
+
 app.command()(demo)
 app.command()(plan)
 app.command()(profile)
