@@ -81,8 +81,7 @@ class Browser:
     def open(self, page: Path | str, width: int, dark: bool = False, height: int = 900) -> None:
         """Load a file or an address as a screen of this width in CSS pixels and this colour scheme would."""
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
-        screen = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 600}
-        self.call("Emulation.setDeviceMetricsOverride", **screen)
+        self._resize(width, height)
         self.call("Emulation.setEmulatedMedia", features=[scheme])
         address = page.resolve().as_uri() if isinstance(page, Path) else page
         self.call("Page.navigate", url="about:blank")
@@ -101,12 +100,16 @@ class Browser:
         assert "exceptionDetails" not in found, found
         return found["result"].get("value")
 
-    def screenshot(self, path: Path, scale: float = 1) -> None:
-        """The whole page as a PNG."""
+    def screenshot(self, path: Path) -> None:
+        """The whole page as a PNG, as a screen of its height would show it."""
         size = self.call("Page.getLayoutMetrics")["cssContentSize"]
-        clip = {"x": 0, "y": 0, "width": size["width"], "height": size["height"], "scale": scale}
-        shot = self.call("Page.captureScreenshot", format="png", captureBeyondViewport=True, clip=clip)
+        self._resize(size["width"], size["height"])
+        shot = self.call("Page.captureScreenshot", format="png")
         path.write_bytes(base64.b64decode(shot["data"]))
+
+    def _resize(self, width: int, height: int) -> None:
+        screen = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 600}
+        self.call("Emulation.setDeviceMetricsOverride", **screen)
 
     def call(self, method: str, **parameters: Any) -> dict[str, Any]:
         """One command and its answer; what happens meanwhile is noted."""
