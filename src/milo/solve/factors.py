@@ -62,17 +62,17 @@ def value_of(codes: torch.Tensor, scales: torch.Tensor, bits: int) -> torch.Tens
 def round_factors(
     residual: torch.Tensor, u: torch.Tensor, v: torch.Tensor, kind: str
 ) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-    """Write one compensator in its stored form, V refitted to the rounded U.
+    """Write compensators in their stored form, V refitted to the rounded U.
 
     Args:
-        residual: float32 `[N, K]`, what `u @ v` approximates.
-        u: float32 `[N, r]`.
-        v: float32 `[r, K]`.
+        residual: float32 `[..., N, K]`, what `u @ v` approximates.
+        u: float32 `[..., N, r]`; columns of zeros stay zeros.
+        v: float32 `[..., r, K]`.
         kind: `int3`, `int8` or `fp16`.
 
     Returns:
         The tensors `lowrank_u`, `lowrank_v` (and their scales), and the product of the stored factors, float32
-        `[N, K]`.
+        `[..., N, K]`.
     """
     bits = FACTOR_BITS[kind]
     tensors: dict[str, torch.Tensor] = {}
@@ -94,13 +94,12 @@ def _store(rows: torch.Tensor, bits: int, name: str, tensors: dict[str, torch.Te
 
 
 def _refit(residual: torch.Tensor, stored_u: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    """Least squares for V given rounded Uᵀ `[r, N]`; the old V where the normal equations are singular."""
+    """Least squares for V given rounded Uᵀ `[..., r, N]`; the old V where the normal equations are singular."""
     gram = stored_u @ stored_u.mT
-    gram.diagonal().add_(_RIDGE * gram.diagonal().mean() + 1e-30)
+    diagonal = gram.diagonal(dim1=-2, dim2=-1)
+    diagonal.add_(_RIDGE * diagonal.mean(-1, keepdim=True) + 1e-30)
     root, info = torch.linalg.cholesky_ex(gram)
-    if info.item() != 0:
-        return v
-    return torch.cholesky_solve(stored_u @ residual, root)
+    return torch.where((info == 0)[..., None, None], torch.cholesky_solve(stored_u @ residual, root), v)
 
 
 def _nearest(groups: torch.Tensor, scale: torch.Tensor, low: int, high: int) -> torch.Tensor:

@@ -14,10 +14,11 @@ import torch
 from milo.errors import PlanError, WeightError
 from milo.format.codes import pack_words
 from milo.format.matrix import Encoding
-from milo.solve.alternate import GridSearch, alternate
+from milo.solve.alternate import GridSearch, alternate, quantise
 from milo.solve.factors import round_factors
-from milo.solve.grid import Grid, decode, encode, grid_tensors, minmax_grid
+from milo.solve.grid import Grid, decode, grid_tensors, minmax_grid
 from milo.solve.half_quadratic import half_quadratic
+from milo.solve.lowrank import whole
 
 
 def _hqq(target: torch.Tensor, encoding: Encoding) -> Grid:
@@ -76,7 +77,7 @@ def solve_stack(
     weight = weight.float()
     _check_values(weight, name)
     results: dict[int, Solved] = {}
-    for members in _buckets(ranks):
+    for members in _buckets(ranks, min(weight.shape[1:])):
         index = torch.tensor(members, device=weight.device)
         part = weight if len(members) == weight.shape[0] else weight[index]
         solved = _solve_bucket(part, [ranks[m] for m in members], encoding, grid, rounds)
@@ -87,33 +88,35 @@ def solve_stack(
 def _solve_bucket(weight: torch.Tensor, ranks: list[int], encoding: Encoding, grid: str, rounds: int) -> list[Solved]:
     search = GRIDS[grid]
     ran = [1] * len(ranks)
-    if max(ranks) == 0:
-        found = search(weight, encoding)
-        codes = encode(weight, found, encoding)
-    else:
+    if 0 < max(ranks) and min(ranks) < min(weight.shape[1:]):
         best = alternate(weight, ranks, search, encoding, rounds)
-        found, codes, ran = best.grid, best.codes, best.rounds.tolist()
-    residual = weight - decode(codes, found, encoding)
-    unrounded = error = torch.linalg.vector_norm(residual, dim=(1, 2)).double()
-    factors: list[dict[str, torch.Tensor]] = [{} for _ in ranks]
-    if max(ranks) > 0:
-        unrounded = best.error
-        for i, rank in enumerate(ranks):
-            u, v = best.u[i, :, :rank], best.v[i, :rank]
-            factors[i], product = round_factors(residual[i], u, v, encoding.factor)
-            residual[i] = weight[i] - product
+        found, codes, fit, unrounded, ran = best.grid, best.codes, best.fit, best.error, best.rounds.tolist()
+        residual = weight - decode(codes, found, encoding)
+    else:
+        found = search(weight, encoding)
+        codes, residual, unrounded = quantise(weight, weight, found, encoding)
+        fit = None
+        if max(ranks) > 0:  # full rank: one round and nothing is left
+            fit, unrounded = whole(residual), torch.zeros_like(unrounded)
+    error, factors = unrounded, {}
+    if fit is not None:
+        factors, product = round_factors(residual, *fit.factors(), encoding.factor)
         # The codes have the last word: nearest to what the rounded compensators leave, on the same grid.
-        codes = encode(residual, found, encoding)
-        residual -= decode(codes, found, encoding)
-        error = torch.linalg.vector_norm(residual, dim=(1, 2)).double()
+        target = torch.sub(weight, product, out=product)
+        codes, _, error = quantise(target, target, found, encoding)
 
     norm = torch.linalg.vector_norm(weight, dim=(1, 2)).double()
     relative = torch.where(norm > 0, 1 / norm, 0.0)
     errors, errors_unrounded = (error * relative).tolist(), (unrounded * relative).tolist()
     stacked = _code_tensors(codes, encoding) | grid_tensors(found, encoding)
     return [
-        Solved({k: t[i] for k, t in stacked.items()} | factors[i], errors[i], errors_unrounded[i], ran[i])
-        for i in range(len(ranks))
+        Solved(
+            {k: t[i] for k, t in stacked.items()} | {k: t[i, :rank] for k, t in factors.items()},
+            errors[i],
+            errors_unrounded[i],
+            ran[i],
+        )
+        for i, rank in enumerate(ranks)
     ]
 
 
@@ -127,17 +130,17 @@ def _code_tensors(codes: torch.Tensor, encoding: Encoding) -> dict[str, torch.Te
     }
 
 
-def _buckets(ranks: list[int]) -> list[list[int]]:
-    """Members grouped by `rank.bit_length()`, lowest ranks first."""
+def _buckets(ranks: list[int], full: int) -> list[list[int]]:
+    """Members grouped by `rank.bit_length()`, lowest ranks first and those of full rank last."""
     grouped: dict[int, list[int]] = defaultdict(list)
     for member, rank in enumerate(ranks):
-        grouped[rank.bit_length()].append(member)
+        grouped[rank.bit_length() if rank < full else full.bit_length() + 1].append(member)
     return [grouped[key] for key in sorted(grouped)]
 
 
 def _check_values(weight: torch.Tensor, name: str) -> None:
-    top = weight.abs().amax(dim=(1, 2))
-    bad = (~torch.isfinite(top)).nonzero().flatten().tolist()  # a NaN anywhere survives amax
+    top = torch.linalg.vector_norm(weight, ord=torch.inf, dim=(1, 2))
+    bad = (~torch.isfinite(top)).nonzero().flatten().tolist()  # a NaN anywhere survives the maximum
     if bad:
         where = f" (member {bad[0]} of {weight.shape[0]})" if weight.shape[0] > 1 else ""
         raise WeightError(f"{name}{where} holds NaN or Inf; the source checkpoint is damaged")
