@@ -23,7 +23,8 @@ from dataclasses import dataclass
 import torch
 
 from milo.format.matrix import Encoding
-from milo.solve.grid import Grid, decode, encode
+from milo.kernels.solver import calls
+from milo.solve.grid import Grid, quantise
 from milo.solve.lowrank import LowRank, fit_lowrank
 
 WINDOW = 3
@@ -31,7 +32,6 @@ TOLERANCE = 1e-4
 # Chosen on four matrices of a trained Mixtral at 11 and 21 rounds, see docs/log.md.
 DITHER = 0.4
 DITHER_SPAN = 0.9
-_SEED = 0
 # Noiseless rounds between two looks at whether anybody still goes on: each is a host sync.
 LOOK_EVERY = 4
 
@@ -94,7 +94,6 @@ def alternate(
     """
     device, width = weight.device, max(ranks)
     rank_of = torch.tensor(ranks, device=device)
-    noise = torch.Generator(device).manual_seed(_SEED)
     going = torch.ones(len(ranks), dtype=torch.bool, device=device)
     ran = torch.zeros(len(ranks), dtype=torch.int64, device=device)
     history: list[torch.Tensor] = []  # one [E] a noiseless round
@@ -121,28 +120,23 @@ def alternate(
                     break
         if number < rounds:
             basis = fit.basis
-            target = next_target(weight, fit, grid, encoding, amplitude, noise)
+            target = next_target(weight, fit, grid, encoding, amplitude, number)
     assert best is not None
     return best
 
 
-def quantise(
-    weight: torch.Tensor, target: torch.Tensor, grid: Grid, encoding: Encoding
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The codes of `target`, what they leave of `weight`, and its Frobenius norm a matrix (float64 `[E]`)."""
-    codes = encode(target, grid, encoding)
-    residual = weight - decode(codes, grid, encoding)
-    return codes, residual, torch.linalg.vector_norm(residual, dim=(1, 2)).double()
-
-
 def next_target(
-    weight: torch.Tensor, fit: LowRank, grid: Grid, encoding: Encoding, amplitude: float, noise: torch.Generator
+    weight: torch.Tensor, fit: LowRank, grid: Grid, encoding: Encoding, amplitude: float, number: int
 ) -> torch.Tensor:
     """`W − U·V`, plus uniform noise of `amplitude` steps; the same noise for every matrix, which need not know it."""
+    if calls.usable(weight):
+        product = fit.left.bfloat16() @ fit.right.bfloat16()
+        return calls.retarget(weight, product, grid.scale, encoding.group_size, amplitude, number)
     target = weight - fit.left @ fit.right
     if amplitude:
         shape = weight.shape[1:]
-        draw = torch.rand(shape, generator=noise, device=weight.device).sub_(0.5).mul_(amplitude)
+        generator = torch.Generator(weight.device).manual_seed(number)
+        draw = torch.rand(shape, generator=generator, device=weight.device).sub_(0.5).mul_(amplitude)
         for matrix, steps in zip(target, grid.scale, strict=True):
             matrix.addcmul_(draw, steps.repeat_interleave(encoding.group_size, -1)[:, : shape[1]])
     return target

@@ -79,16 +79,17 @@ def fit_lowrank(residual: torch.Tensor, ranks: torch.Tensor, width: int, basis: 
     Raises:
         ValueError: for a width out of range.
     """
-    stack, out_features, in_features = residual.shape
+    out_features, in_features = residual.shape[1:]
     if not 1 <= width <= min(out_features, in_features):
         raise ValueError(f"rank {width} is out of range for matrices of {out_features} x {in_features}")
     passes = 1
     if basis is None:
         passes = COLD_PASSES
-        generator = torch.Generator().manual_seed(_SEED)
-        # Drawn on the CPU, so that every device starts from the same numbers; one draw serves the whole stack.
-        start = torch.randn(in_features, width, generator=generator).to(residual.device)
-        basis = start * (torch.arange(width, device=residual.device) < ranks[:, None])[:, None]
+        device = residual.device
+        generator = torch.Generator(device).manual_seed(_SEED)
+        # One draw serves the whole stack, row by row so that a member's start does not depend on the others' ranks.
+        start = torch.randn(width, in_features, generator=generator, device=device)
+        basis = (start * (torch.arange(width, device=device) < ranks[:, None])[..., None]).mT
     for _ in range(passes):
         left = _orthonormal(_product(residual, basis))
         fit = LowRank(left, _product(left.mT, residual))

@@ -12,20 +12,14 @@ from dataclasses import dataclass
 import torch
 
 from milo.errors import PlanError, WeightError
-from milo.format.codes import pack_words
 from milo.format.matrix import Encoding
-from milo.solve.alternate import GridSearch, alternate, quantise
+from milo.solve.alternate import GridSearch, alternate
 from milo.solve.factors import round_factors
-from milo.solve.grid import Grid, decode, grid_tensors, minmax_grid
-from milo.solve.half_quadratic import half_quadratic
+from milo.solve.grid import decode, grid_tensors, minmax_grid, nearest, pack
+from milo.solve.half_quadratic import hqq_grid
 from milo.solve.lowrank import whole
 
-
-def _hqq(target: torch.Tensor, encoding: Encoding) -> Grid:
-    return half_quadratic(target, minmax_grid(target, encoding), encoding)
-
-
-GRIDS: dict[str, GridSearch] = {"rtn": minmax_grid, "hqq": _hqq}
+GRIDS: dict[str, GridSearch] = {"rtn": minmax_grid, "hqq": hqq_grid}
 
 
 @dataclass
@@ -86,24 +80,22 @@ def solve_stack(
 
 
 def _solve_bucket(weight: torch.Tensor, ranks: list[int], encoding: Encoding, grid: str, rounds: int) -> list[Solved]:
-    search = GRIDS[grid]
-    ran = [1] * len(ranks)
-    if 0 < max(ranks) and min(ranks) < min(weight.shape[1:]):
+    search, fit, ran = GRIDS[grid], None, [1] * len(ranks)
+    if max(ranks) > 0 and min(ranks) < min(weight.shape[1:]):
         best = alternate(weight, ranks, search, encoding, rounds)
         found, codes, fit, unrounded, ran = best.grid, best.codes, best.fit, best.error, best.rounds.tolist()
-        residual = weight - decode(codes, found, encoding)
     else:
         found = search(weight, encoding)
-        codes, residual, unrounded = quantise(weight, weight, found, encoding)
-        fit = None
-        if max(ranks) > 0:  # full rank: one round and nothing is left
+        codes, unrounded = nearest(weight, found, encoding)
+    error = unrounded
+    factors: dict[str, torch.Tensor] = {}
+    if max(ranks) > 0:
+        residual = weight - decode(codes, found, encoding)
+        if fit is None:  # full rank: one round, and nothing is left before the factors are rounded
             fit, unrounded = whole(residual), torch.zeros_like(unrounded)
-    error, factors = unrounded, {}
-    if fit is not None:
         factors, product = round_factors(residual, *fit.factors(), encoding.factor)
         # The codes have the last word: nearest to what the rounded compensators leave, on the same grid.
-        target = torch.sub(weight, product, out=product)
-        codes, _, error = quantise(target, target, found, encoding)
+        codes, error = nearest(torch.sub(weight, product, out=product), found, encoding)
 
     norm = torch.linalg.vector_norm(weight, dim=(1, 2)).double()
     relative = torch.where(norm > 0, 1 / norm, 0.0)
@@ -122,11 +114,11 @@ def _solve_bucket(weight: torch.Tensor, ranks: list[int], encoding: Encoding, gr
 
 def _code_tensors(codes: torch.Tensor, encoding: Encoding) -> dict[str, torch.Tensor]:
     if encoding.planes == 1:
-        return {"weight_packed": pack_words(codes, encoding.bits)}
+        return {"weight_packed": pack(codes, encoding.bits)}
     low = codes & (2**encoding.plane_bits - 1)
     return {
-        "weight_packed": pack_words(low, encoding.plane_bits),
-        "weight_packed_hi": pack_words(codes >> encoding.plane_bits, encoding.plane_bits),
+        "weight_packed": pack(low, encoding.plane_bits),
+        "weight_packed_hi": pack(codes >> encoding.plane_bits, encoding.plane_bits),
     }
 
 
