@@ -82,14 +82,19 @@ def test_ill_conditioned_spectra_lose_no_energy_and_keep_columns_orthonormal(dec
     assert (singular < 1 + 1e-3).all()  # never longer: energy is not invented
 
 
-def test_a_few_directions_that_dwarf_the_rest_do_not_hide_it() -> None:
-    """Outlier channels: two directions a thousand times above a white bulk."""
+@pytest.mark.parametrize("times", [1, 10, 30, 1000])
+def test_a_few_directions_that_dwarf_the_rest_hide_nothing_that_counts(times: float) -> None:
+    """Two directions above a white bulk: the bulk is fitted too, up to where it is lost in float32 beside them."""
     generator = torch.Generator().manual_seed(4)
     bulk = torch.randn(1, 200, 160, generator=generator)
-    spikes = torch.randn(1, 200, 2, generator=generator) @ torch.randn(1, 2, 160, generator=generator) * 1000
-    found = fit(bulk + spikes, 34)
-    exact = torch.linalg.svdvals((bulk + spikes).double())[:, 34:].square().sum(-1)
-    assert (left_over(bulk + spikes, found) < 1.02 * exact).all()
+    matrix = bulk + times * torch.randn(1, 200, 2, generator=generator) @ torch.randn(1, 2, 160, generator=generator)
+    exact = torch.linalg.svdvals(matrix.double())[:, 34:].square().sum(-1)
+    found = fit(matrix, 34)
+    assert (left_over(matrix, found) < 1.05 * exact).all()
+    for _ in range(10):
+        found = fit(matrix, 34, found.basis)
+    slack = 0.05 * exact if times <= 30 else 1e-6 * matrix.double().square().sum((1, 2))
+    assert (left_over(matrix, found) < exact + slack).all()
 
 
 def test_columns_are_orthonormal() -> None:

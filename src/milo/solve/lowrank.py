@@ -12,12 +12,13 @@ What is *not* here, and why (measured, see docs/log.md):
   which is `‖P‖²` in every orthonormal basis. So the singular directions themselves are never needed.
 * **No oversampling.** Without the eigenproblem, further columns would not help the first `r`. With both, the error
   after 20 rounds is the same within 0.3 %.
-* **No QR.** Householder QR of a stack is a loop over its members on a GPU, with host syncs. `_orthonormal` is two
-  Cholesky factorisations of the Gram matrix and a Newton-Schulz step: products, mostly.
+* **No QR.** Householder QR of a stack is a loop over its members on a GPU, with host syncs. `_orthonormal` is a
+  Cholesky factorisation of the Gram matrix (two in a cold start, whose columns are worse conditioned) and a
+  Newton-Schulz step: products, mostly.
 
 A member whose rank is below the stack's width has zero columns, which every step keeps at zero.
 
-Cost of a pass for `[N, K]` at rank r: two products with `R` (4·N·K·r FLOP) that read it twice, and about 12·N·r² FLOP
+Cost of a pass for `[N, K]` at rank r: two products with `R` (4·N·K·r FLOP) that read it twice, and about 8·N·r² FLOP
 in float32. `R` may be bfloat16: products then run on tensor cores with bfloat16 results, and everything of size r is
 float32. That perturbs the subspace by 2⁻⁹ and the explained energy by 2⁻¹⁸, and moves no final error (docs/log.md).
 """
@@ -82,16 +83,16 @@ def fit_lowrank(residual: torch.Tensor, ranks: torch.Tensor, width: int, basis: 
     out_features, in_features = residual.shape[1:]
     if not 1 <= width <= min(out_features, in_features):
         raise ValueError(f"rank {width} is out of range for matrices of {out_features} x {in_features}")
-    passes = 1
+    passes = steps = 1
     if basis is None:
-        passes = COLD_PASSES
+        passes, steps = COLD_PASSES, 2
         device = residual.device
         generator = torch.Generator(device).manual_seed(_SEED)
         # One draw serves the whole stack, row by row so that a member's start does not depend on the others' ranks.
         start = torch.randn(width, in_features, generator=generator, device=device)
         basis = (start * (torch.arange(width, device=device) < ranks[:, None])[..., None]).mT
     for _ in range(passes):
-        left = _orthonormal(_product(residual, basis))
+        left = _orthonormal(_product(residual, basis), steps)
         fit = LowRank(left, _product(left.mT, residual))
         basis = fit.basis
     return fit
@@ -115,16 +116,17 @@ def _product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     return (a.to(dtype) @ b.to(dtype)).float()
 
 
-def _orthonormal(columns: torch.Tensor) -> torch.Tensor:
+def _orthonormal(columns: torch.Tensor, steps: int) -> torch.Tensor:
     """Columns `[E, N, r]` that span the same space, orthonormal to about 1e-5.
 
-    Two shifted Cholesky steps bear condition numbers up to about 1e4. Directions beyond come out shorter than 1, down
-    to 0 for those within rounding error of the others: never longer, so that a projector made of them explains less
-    than it might, but never invents energy.
+    One shifted Cholesky step bears condition numbers up to about 1e2, two 1e4. Directions beyond come out shorter
+    than 1, down to 0 for those within rounding error of the others: never longer, so that a projector made of them
+    explains less than it might, but never invents energy. (In a residual whose directions differ by more than that,
+    the few large ones are nearly all of the error.)
     """
     unit = torch.eye(columns.shape[-1], device=columns.device)
     columns = columns * _inverse(torch.linalg.vector_norm(columns, dim=1, keepdim=True))
-    for _ in range(2):
+    for _ in range(steps):
         gram = columns.mT @ columns
         gram.diagonal(dim1=-2, dim2=-1).add_(_SHIFT)
         root, _ = torch.linalg.cholesky_ex(gram)

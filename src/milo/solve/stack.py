@@ -68,10 +68,12 @@ def solve_stack(
         raise PlanError(f"unknown grid {grid!r}; choose one of {', '.join(GRIDS)}")
     if len(ranks) != weight.shape[0] or min(ranks) < 0 or max(ranks) > min(weight.shape[1:]):
         raise PlanError(f"{name}: ranks {ranks} do not fit a stack of shape {tuple(weight.shape)}")
-    weight = weight.float()
+    weight = weight.float().contiguous()
     _check_values(weight, name)
     results: dict[int, Solved] = {}
-    for members in _buckets(ranks, min(weight.shape[1:])):
+    # A GPU reads the residual in the time that products with 64 columns take, so that few buckets are best there.
+    least = 6 if weight.is_cuda else 0
+    for members in _buckets(ranks, min(weight.shape[1:]), least):
         index = torch.tensor(members, device=weight.device)
         part = weight if len(members) == weight.shape[0] else weight[index]
         solved = _solve_bucket(part, [ranks[m] for m in members], encoding, grid, rounds)
@@ -122,11 +124,15 @@ def _code_tensors(codes: torch.Tensor, encoding: Encoding) -> dict[str, torch.Te
     }
 
 
-def _buckets(ranks: list[int], full: int) -> list[list[int]]:
-    """Members grouped by `rank.bit_length()`, lowest ranks first and those of full rank last."""
+def _buckets(ranks: list[int], full: int, least: int) -> list[list[int]]:
+    """Members grouped by `rank.bit_length()`, lowest ranks first and those of full rank last.
+
+    Widths below `least` bits are not told apart, but for rank 0.
+    """
     grouped: dict[int, list[int]] = defaultdict(list)
     for member, rank in enumerate(ranks):
-        grouped[rank.bit_length() if rank < full else full.bit_length() + 1].append(member)
+        key = max(rank.bit_length(), least) if 0 < rank < full else rank and full.bit_length() + 1
+        grouped[key].append(member)
     return [grouped[key] for key in sorted(grouped)]
 
 
