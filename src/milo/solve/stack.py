@@ -6,6 +6,7 @@ expert has rank 1024 and its neighbours 8 does not pay 1024 for all.
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from dataclasses import dataclass
 
@@ -101,7 +102,7 @@ def _solve_bucket(weight: torch.Tensor, ranks: list[int], encoding: Encoding, gr
 
     norm = torch.linalg.vector_norm(weight, dim=(1, 2)).double()
     relative = torch.where(norm > 0, 1 / norm, 0.0)
-    errors, errors_unrounded = (error * relative).tolist(), (unrounded * relative).tolist()
+    errors, errors_unrounded = (torch.stack([error, unrounded]) * relative).tolist()
     stacked = _code_tensors(codes, encoding) | grid_tensors(found, encoding)
     return [
         Solved(
@@ -137,10 +138,10 @@ def _buckets(ranks: list[int], full: int, least: int) -> list[list[int]]:
 
 
 def _check_values(weight: torch.Tensor, name: str) -> None:
-    top = torch.linalg.vector_norm(weight, ord=torch.inf, dim=(1, 2))
-    bad = (~torch.isfinite(top)).nonzero().flatten().tolist()  # a NaN anywhere survives the maximum
-    if bad:
-        where = f" (member {bad[0]} of {weight.shape[0]})" if weight.shape[0] > 1 else ""
-        raise WeightError(f"{name}{where} holds NaN or Inf; the source checkpoint is damaged")
-    if top.max() > 65504:
-        raise WeightError(f"{name} holds {top.max().item():.3g}, beyond what fp16 scales can express (65504)")
+    top = torch.linalg.vector_norm(weight, ord=torch.inf, dim=(1, 2)).tolist()  # a NaN anywhere survives the maximum
+    for member, value in enumerate(top):
+        if not math.isfinite(value):
+            where = f" (member {member} of {len(top)})" if len(top) > 1 else ""
+            raise WeightError(f"{name}{where} holds NaN or Inf; the source checkpoint is damaged")
+    if max(top) > 65504:
+        raise WeightError(f"{name} holds {max(top):.3g}, beyond what fp16 scales can express (65504)")

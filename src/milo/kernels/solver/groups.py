@@ -27,6 +27,8 @@ import triton.language as tl
 
 _TINY = tl.constexpr(2.0**-24)
 _MAGIC = tl.constexpr(12582912.0)
+# Triton compiles a kernel anew where such an argument is 1 or a multiple of 16. None of these addresses wide accesses.
+_COUNTS = ["n_groups", "groups"]
 
 
 @triton.jit
@@ -58,7 +60,7 @@ def _place(n_groups, groups, in_features, SIZE: tl.constexpr, BLOCK: tl.constexp
     return index, offset, inside, live, count
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_COUNTS)
 def search(  # type: ignore[no-untyped-def]
     target,  # float32 [E, N, K]
     scale,  # float32 [E, N, G]: read, or written if START
@@ -146,7 +148,7 @@ def search(  # type: ignore[no-untyped-def]
             limit *= SHRINK
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_COUNTS)
 def quantise(  # type: ignore[no-untyped-def]
     target,  # float32 [E, N, K]
     weight,  # float32 [E, N, K]
@@ -185,7 +187,7 @@ def quantise(  # type: ignore[no-untyped-def]
     tl.store(squares + member * tl.num_programs(0) + tl.program_id(0), tl.sum(left * left))
 
 
-@triton.jit(do_not_specialize=["seed"])  # or seed 1 and multiples of 16 would be compiled apart
+@triton.jit(do_not_specialize=[*_COUNTS, "seed"])
 def retarget(  # type: ignore[no-untyped-def]
     weight,  # float32 [E, N, K]
     product,  # any float [E, N, K]
@@ -227,7 +229,7 @@ def retarget(  # type: ignore[no-untyped-def]
         tl.store(target + base + offset, x, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_COUNTS)
 def round_rows(  # type: ignore[no-untyped-def]
     rows,  # float32 [R, L]
     fractions,  # float32 [C]
@@ -253,7 +255,7 @@ def round_rows(  # type: ignore[no-untyped-def]
         fraction = tl.load(fractions + candidate) / -LOW
         for sign in tl.static_range(2):
             s = top * (fraction * (1 - 2 * sign))
-            for _ in tl.static_range(2):  # the second time refitted to the codes
+            for again in tl.static_range(2):  # noqa: B007  (Triton's `_` would change its type); then refitted to the codes
                 stored = _half(s)
                 code = _nearest(x, stored, LOW, HIGH)
                 delta = x - code * stored[:, None]
