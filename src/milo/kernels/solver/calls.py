@@ -58,7 +58,8 @@ def _layout(shape: torch.Size, size: int, tile: int) -> _Layout:
         block,
         (-(-rows * groups // block), stack),
         (rows * groups, groups, columns, rows * columns),
-        {"SIZE": size, "BLOCK": block, "RAGGED": columns % size != 0},
+        # Fused multiply-adds are asked for, because Triton's default is about to change.
+        {"SIZE": size, "BLOCK": block, "RAGGED": columns % size != 0, "enable_fp_fusion": True},
     )
 
 
