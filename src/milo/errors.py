@@ -29,3 +29,7 @@ class FormatError(MiloError):
 
 class WeightError(MiloError):
     """A weight holds values that cannot be compressed (NaN or Inf)."""
+
+
+class DeviceError(MiloError):
+    """A device that was asked for is absent, has too little memory, or its worker died."""

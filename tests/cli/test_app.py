@@ -137,7 +137,7 @@ def test_ctrl_c_leaves_nothing_that_looks_finished(model: Path, tmp_path: Path) 
     command = [*MILO, "quantize", str(model), "-o", str(out), "--ranks", "uniform:8", "--rounds", "100000"]
     running = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=_environment())
     deadline = time.monotonic() + 120
-    while not (out / "milo_unfinished.json").exists() and time.monotonic() < deadline:
+    while not (out / "milo_journal.jsonl").exists() and time.monotonic() < deadline:
         time.sleep(0.1)
     running.send_signal(signal.SIGINT)
     _, errors = running.communicate(timeout=60)

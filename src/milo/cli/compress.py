@@ -37,7 +37,8 @@ from milo.evaluate.folder import load_model, load_tokenizer
 from milo.evaluate.text import load_text, tokenize
 from milo.integrations.transformers.routing import routing_counts
 from milo.integrations.transformers.source import open_source
-from milo.pipeline.compress import MAX_SHARD_SIZE, check_destination, compress_checkpoint, lay_out_checkpoint
+from milo.pipeline.compress import check_destination, compress_checkpoint
+from milo.pipeline.layout import MAX_SHARD_SIZE, lay_out_checkpoint
 from milo.pipeline.planning import Source, peak_bytes, plan_source
 from milo.plan.plan import Plan, Row
 from milo.plan.recipe import DEFAULT, Recipe
@@ -113,7 +114,7 @@ def quantize(
             made,
             output,
             base_model=base_model,
-            device=device,
+            devices=device,
             max_shard_size=_bytes(max_shard_size),
             overwrite=overwrite,
             progress=lambda done, total, name: update(done, name),
