@@ -7,7 +7,7 @@ GPU if the cluster has any and on one core otherwise.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from importlib.util import find_spec
+from importlib import import_module
 from typing import Any
 
 from milo.errors import DeviceError, MiloError
@@ -23,10 +23,10 @@ class RayPool:
     """
 
     def __init__(self, job: Job) -> None:
-        if find_spec("ray") is None:
-            raise DeviceError("--ray needs Ray: pip install 'milo-moe[ray]'")
-        import ray
-
+        try:
+            ray: Any = import_module("ray")
+        except ImportError:
+            raise DeviceError("--ray needs Ray: pip install 'milo-moe[ray]'") from None
         self._ray = ray
         self._ours = not ray.is_initialized()
         if self._ours:

@@ -92,16 +92,24 @@ class Lane:
 
 
 class ProcessPool:
-    """One spawned process a device, fed from one queue. Works with `["cpu", "cpu"]` too, which the tests use."""
+    """One process a device, fed from one queue. Works with `["cpu", "cpu"]` too.
 
-    def __init__(self, job: Job, devices: Sequence[str]) -> None:
+    Args:
+        job: the compression.
+        devices: one a process.
+        start: how processes are started; only spawned ones may use a GPU that this process has looked at.
+    """
+
+    def __init__(self, job: Job, devices: Sequence[str], start: str = "spawn") -> None:
         self.workers = len(devices)
         self._lanes: list[tuple[Connection, BaseProcess, str]] = []
-        context = get_context("spawn")
+        context = get_context(start)
         with _interrupts_ignored():
             for device in devices:
                 ours, theirs = context.Pipe()
-                process = context.Process(target=_serve, args=(theirs, job, device), name=f"milo {device}", daemon=True)
+                process = context.Process(  # type: ignore[attr-defined]
+                    target=_serve, args=(theirs, job, device), name=f"milo {device}", daemon=True
+                )
                 process.start()
                 theirs.close()
                 self._lanes.append((ours, process, device))
