@@ -17,17 +17,20 @@ from milo.plan.plan import Plan
 LONG = 16  # items a worker; in a shorter run the canary sings in the choir
 
 
-def cost(item: Item, plan: Plan) -> float:
-    """Work in an item, in passes over one weight; good enough to sort by.
+def passes(rank: int, rounds: int) -> float:
+    """Work of solving a matrix, in passes over its weights; good enough to sort by.
 
     A solve of the grid takes some 20 passes; a low-rank fit of rank r is three products of 2r operations a weight,
     each about a sixteenth of a pass.
     """
+    return 20 if rank == 0 else rounds * (20 + 0.4 * rank)
+
+
+def cost(item: Item, plan: Plan) -> float:
+    """Work of an item, in passes over one weight."""
     row = plan.by_name[item.row]
-    size = row.shape[0] * row.shape[1]
-    return sum(
-        size * (20 if rank == 0 else plan.rounds * (20 + 0.4 * rank)) for rank in row.ranks[item.first : item.stop]
-    )
+    ranks = row.ranks[item.first : item.stop]
+    return row.shape[0] * row.shape[1] * sum(passes(rank, plan.rounds) for rank in ranks)
 
 
 def in_order(items: Sequence[Item], plan: Plan) -> list[Item]:
