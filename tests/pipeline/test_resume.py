@@ -105,6 +105,7 @@ def test_finished_groups_are_not_solved_again(
     assert set(calls) == plan.by_name.keys() - finished
     assert result.kept == sum(plan.by_name[name].parameters for name in finished)
     assert steps == sorted(steps)
+    assert steps[0] == result.kept  # from where the time left is reckoned
     assert builders.file_hashes(half) == undisturbed
 
 

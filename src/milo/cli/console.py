@@ -61,9 +61,9 @@ def bar(total: float = 1.0, counted: bool = False) -> Iterator[Any]:
 
         def update(done: float, message: str) -> None:
             nonlocal begun
-            if not begun and done:  # a resumed run begins here: what it found says nothing of its speed
+            if not begun:  # where work begins, which for a resumed run is not zero and says nothing of its speed
                 progress.reset(task, completed=int(done))
-            begun = begun or bool(done)
+                begun = True
             progress.update(task, completed=done, description=message)
 
         yield update

@@ -51,7 +51,6 @@ class Book:
             for entry in self.journal.entries
             if entry["item"] in by_key
         }
-        self.progress(0, self.job.plan.parameters, "")
         whole: list[Shard] = []
         with ThreadPoolExecutor(worker_count("cpu"), "verify") as pool:
             for done, stored in zip(claimed.values(), pool.map(self.job.is_stored, claimed.values()), strict=True):
@@ -59,6 +58,7 @@ class Book:
                     whole += self._count(done)
         self.writer.allocate()
         self._complete(whole)
+        self.progress(self.weights, self.job.plan.parameters, "")
 
     def enter(self, finished: Iterable[Done]) -> None:
         """Write down items as they are finished."""
@@ -68,6 +68,7 @@ class Book:
             if done.peak is not None:
                 self._peaks[done.peak.process] = done.peak
             self._complete(self._count(done))
+            self.progress(self.weights, self.job.plan.parameters, done.item.row)
 
     def settle(self) -> None:
         """Wait until every shard has its name."""
@@ -89,7 +90,6 @@ class Book:
         self.done[done.item] = done
         counted = [self.writer.count(name, nbytes) for name, _, nbytes in self.job.extent(done.item)]
         self.weights += self.job.weights(done.item)
-        self.progress(self.weights, self.job.plan.parameters, done.item.row)
         return [shard for shard in counted if shard is not None]
 
     def _complete(self, shards: Iterable[Shard]) -> None:

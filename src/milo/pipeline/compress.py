@@ -114,6 +114,8 @@ def compress_checkpoint(
     begin = time.perf_counter()
     out, devices = Path(out), visible_devices(devices)
     check_destination(source, out, overwrite)
+    if ray:  # its workers have other working directories
+        source, out = Checkpoint(source.folder.absolute()), out.absolute()
     shards = lay_out_checkpoint(source, inventory, plan, max_shard_size)
     writer = FolderWriter(out, shards)
     groups = {group.name: group for group in inventory.groups}

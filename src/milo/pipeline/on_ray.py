@@ -38,20 +38,22 @@ class RayPool:
         share = {"num_gpus": 1} if gpus else {"num_cpus": 1}
         self._task = ray.remote(**share)(_carry)
         self._job = ray.put(job)
+        self._flying: list[Any] = []
 
     def run(self, items: Iterable[Item]) -> Iterator[Done]:
         waiting = iter(items)
-        flying: list[Any] = []
         while True:
-            while len(flying) < 2 * self.workers and (item := next(waiting, None)) is not None:
-                flying.append(self._task.remote(self._job, item, self._device))
-            if not flying:
+            while len(self._flying) < 2 * self.workers and (item := next(waiting, None)) is not None:
+                self._flying.append(self._task.remote(self._job, item, self._device))
+            if not self._flying:
                 return
-            finished, flying = self._ray.wait(flying)
+            finished, self._flying = self._ray.wait(self._flying)
             for reference in finished:
                 yield self._get(reference)
 
     def close(self) -> None:
+        for reference in self._flying:
+            self._ray.cancel(reference, force=True)
         if self._ours:
             self._ray.shutdown()
 

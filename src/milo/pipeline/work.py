@@ -91,7 +91,9 @@ def work_items(plan: Plan, copied: Mapping[str, int]) -> list[Item]:
 
 def worker_count(device: str) -> int:
     """Pieces that are solved at the same time: the cores of a CPU (up to 8, then Python is the limit), one on a GPU."""
-    return min(os.cpu_count() or 1, 8) if device == "cpu" else 1
+    if device != "cpu":
+        return 1
+    return min(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1, 8)
 
 
 @contextmanager
