@@ -4,7 +4,8 @@ Matrices of one shape, encoding and rank take the same time, so a plan has few *
 synthetic stack is solved with one round and with three, which gives the cost of a round and of all that happens once;
 the rest is multiplication. A matrix too large to try is scaled down by s in both sides and in rank: work on every
 weight shrinks by s², matrix products and orthogonalisations by s³, and the former is known from solving without a
-compensator. Kinds the time does not suffice for get the measured ones' seconds a pass.
+compensator (at both sizes, since large arrays cost more a weight: the system maps them anew each time). Kinds that
+the time does not suffice for get the measured ones' seconds a pass.
 
 The items' times are then dealt out as the pool does it. Reading overlaps with solving, so the longer of the two is
 told; its rate is sampled from the source, where the operating system's cache may flatter it. Writing is not predicted.
@@ -39,6 +40,7 @@ BUDGET = 2.0  # seconds
 # Weights of a trial: on a CPU few enough for dozens of trials, on a GPU a real item, since a small one would measure
 # how long launches take.
 _SAMPLE = {"cpu": 1 << 18, "cuda": 1 << 24}
+_PLAIN = 1 << 23  # weights of a trial without a compensator
 _READ = 1 << 26  # bytes read to see how fast the source is
 
 
@@ -88,7 +90,7 @@ def predict(source: Checkpoint, plan: Plan, devices: Sequence[str], workers: int
     device, at_once = devices[0], parallel_items(devices, workers)
     items = in_order(work_items(plan, {}), plan)
     work = {item: kinds_of(item, plan) for item in items}
-    seconds = _measure(sum(work.values(), Counter()), plan.rounds, device, at_once)
+    seconds = _measure(list(work.values()), plan.rounds, device, at_once)
     durations = [sum(count * seconds[kind] for kind, count in kinds.items()) for kinds in work.values()]
     lanes = at_once * len(devices)
     reading = sum(info.nbytes for info in source.tensors.values()) / _read_rate(source)
@@ -122,8 +124,10 @@ def makespan(durations: Sequence[float], workers: int) -> float:
     return max(free)
 
 
-def _measure(work: Counter[Kind], rounds: int, device: str, threads: int) -> dict[Kind, float]:
+def _measure(items: Sequence[Counter[Kind]], rounds: int, device: str, threads: int) -> dict[Kind, float]:
     """Seconds of one matrix of every kind."""
+    work: Counter[Kind] = sum(items, Counter())
+    together = {kind: max(item[kind] for item in items) for kind in work}
     expected = {kind: prod(kind.shape) * passes(kind.rank, rounds) for kind in work}
     order = sorted(work, key=lambda kind: -expected[kind] * work[kind])
     measured: dict[Kind, float] = {}
@@ -131,7 +135,7 @@ def _measure(work: Counter[Kind], rounds: int, device: str, threads: int) -> dic
     with ThreadPoolExecutor(threads, "try", initializer=torch.set_num_threads, initargs=(1,)) as pool, one_thread():
         trial = _Trial(pool, threads, device)
         for kind in order:
-            measured[kind] = trial.seconds(kind, rounds, work[kind])
+            measured[kind] = trial.seconds(kind, rounds, together[kind])
             if time.perf_counter() > deadline:
                 break
     rate = sum(measured.values()) / sum(expected[kind] for kind in measured)
@@ -149,26 +153,33 @@ class _Trial:
         self._warm: set[Any] = set()
         self._plain: dict[Any, float] = {}  # seconds a weight of solving without a compensator
 
-    def seconds(self, kind: Kind, rounds: int, count: int) -> float:
-        """Of one matrix."""
-        scale = max(1.0, sqrt(prod(kind.shape) / self.sample))
-        shape = (max(1, round(kind.shape[0] / scale)), max(kind.encoding.group_size, round(kind.shape[1] / scale)))
-        stack = max(1, min(count, self.sample // prod(shape)))
-        key = (kind.encoding, kind.grid)
-        if key not in self._plain:
-            self._plain[key] = self._time(kind, shape, stack, 0, 1) / (stack * prod(shape))
-        plain = self._plain[key]
+    def seconds(self, kind: Kind, rounds: int, together: int) -> float:
+        """Of one matrix, if `together` of them are solved in one item."""
+        weights = prod(kind.shape)
+        plain = self._plainly(kind, min(together * weights, max(_PLAIN, self.sample))) * weights
         if kind.rank == 0:
-            return plain * prod(kind.shape)
+            return plain
+        scale = max(1.0, sqrt(weights / self.sample))
+        shape = _shrunk(kind, scale)
+        stack = max(1, min(together, self.sample // prod(shape)))
         rank = max(1, min(round(kind.rank / scale), *shape))
         one, three = (self._time(kind, shape, stack, rank, n) / stack for n in (1, 3))
         a_round = (three - one) / 2
-        everywhere = min(plain * prod(shape), a_round)
+        everywhere = self._plainly(kind, stack * prod(shape)) * prod(shape)
 
         def scaled(seconds: float) -> float:
-            return everywhere * scale**2 + max(0.0, seconds - everywhere) * scale**3
+            return plain * min(1.0, seconds / everywhere) + max(0.0, seconds - everywhere) * scale**3
 
         return scaled(one) + (rounds - 1) * scaled(a_round)
+
+    def _plainly(self, kind: Kind, weights: int) -> float:
+        """Seconds a weight of solving about so many without a compensator."""
+        key = (kind.encoding, kind.grid, weights.bit_length())
+        if key not in self._plain:
+            shape = _shrunk(kind, max(1.0, sqrt(prod(kind.shape) / weights)))
+            stack = max(1, weights // prod(shape))
+            self._plain[key] = self._time(kind, shape, stack, 0, 1) / (stack * prod(shape))
+        return self._plain[key]
 
     def _time(self, kind: Kind, shape: tuple[int, int], stack: int, rank: int, rounds: int) -> float:
         weight = torch.randn(stack, *shape, generator=torch.Generator().manual_seed(0)).mul_(0.02).to(self.device)
@@ -184,6 +195,11 @@ class _Trial:
             solve()
             self._warm.add(key)
         return sum(self.pool.map(solve, range(self.threads))) / self.threads
+
+
+def _shrunk(kind: Kind, scale: float) -> tuple[int, int]:
+    n, k = kind.shape
+    return max(1, round(n / scale)), max(min(k, kind.encoding.group_size), round(k / scale))
 
 
 def _read_rate(source: Checkpoint) -> float:
