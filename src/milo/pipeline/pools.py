@@ -15,7 +15,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
-from multiprocessing import connection, get_context, parent_process
+from multiprocessing import connection, get_context, parent_process, resource_tracker
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from typing import Protocol
@@ -104,7 +104,7 @@ class ProcessPool:
         self.workers = len(devices)
         self._lanes: list[tuple[Connection, BaseProcess, str]] = []
         context = get_context(start)
-        with _interrupts_ignored():
+        with _interrupts_blocked():
             for device in devices:
                 ours, theirs = context.Pipe()
                 process = context.Process(  # type: ignore[attr-defined]
@@ -185,16 +185,21 @@ def _serve(pipe: Connection, job: Job, device: str) -> None:
 
 
 @contextmanager
-def _interrupts_ignored() -> Iterator[None]:
-    """Processes started meanwhile inherit this from their first instruction on: Ctrl-C is the parent's business."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+def _interrupts_blocked() -> Iterator[None]:
+    """Processes started meanwhile never see Ctrl-C, which is the parent's business; the parent sees it afterwards."""
+    caught: list[int] = []
+    in_main = threading.current_thread() is threading.main_thread()
+    handler = signal.signal(signal.SIGINT, lambda number, frame: caught.append(number)) if in_main else None
+    resource_tracker.ensure_running()  # it would be started with the first process, and lift the block
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, before)
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        if handler is not None:
+            signal.signal(signal.SIGINT, handler)
+        if caught:
+            signal.raise_signal(signal.SIGINT)
 
 
 def _die_with_parent() -> None:
