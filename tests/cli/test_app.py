@@ -72,7 +72,7 @@ def test_plan_and_files_agree_to_the_byte(model: Path, compressed: Path) -> None
 
 def test_the_report_keeps_the_command(model: Path, compressed: Path) -> None:
     report = json.loads((compressed / "milo_report.json").read_text())
-    assert report["command"] == f"milo quantize {model} -o {compressed} --ranks dense:4+kurtosis:2 --rounds 2"
+    assert report["command"] == f"milo quantize {model} -o {compressed} --ranks dense:4+kurtosis:2 --rounds 2 --workers 1"
 
 
 def test_plan_prints_a_table_that_names_every_kind_of_matrix(model: Path) -> None:
