@@ -70,7 +70,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny: Path) -> Path:
     for name in ("MODEL", "mistralai/Mixtral-8x7B-v0.1"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).symlink_to(tiny)
-    for name in ("FILE", "wiki.txt"):
+    for name in ("FILE", "wiki.txt", "wiki.test.hf_join.txt"):
         (tmp_path / name).write_text(" ".join(f"w{(i * i) % 190 + 1}" for i in range(400)))
     monkeypatch.chdir(tmp_path)
     return tmp_path
