@@ -180,14 +180,28 @@ def compress(
     recipe: str = "milo-s1",
     max_shard_size: int = 5_000_000_000,
     overwrite: bool = False,
+    restart: bool = False,
+    workers: int | None = None,
+    devices: str | Sequence[str] = "cpu",
+    ray: bool = False,
     **knobs: Any,
 ) -> Plan:
     """The whole pipeline on a folder; returns the plan it carried out."""
     source = open_source(str(folder))
     plan = plan_source(source, custom_recipe(recipe, source.checkpoint.config, **knobs))
     compress_checkpoint(
-        source.checkpoint, source.inventory, plan, out, max_shard_size=max_shard_size, overwrite=overwrite
+        source.checkpoint,
+        source.inventory,
+        plan,
+        out,
+        max_shard_size=max_shard_size,
+        overwrite=overwrite,
+        restart=restart,
+        workers=workers,
+        devices=devices,
+        ray=ray,
     )
+
     return plan
 
 

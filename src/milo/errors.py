@@ -33,3 +33,7 @@ class WeightError(MiloError):
 
 class HubError(MiloError):
     """A model hub refused what was asked of it, or cannot be reached."""
+
+
+class DeviceError(MiloError):
+    """A device that was asked for is absent, has too little memory, or its worker died."""

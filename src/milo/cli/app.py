@@ -77,7 +77,7 @@ def main() -> None:
 def _interrupted(signum: int, frame: FrameType | None) -> None:
     """Ctrl-C: leave at once. An exception would first wait for the pieces that threads are still solving."""
     err.show_cursor(True)
-    err.print("\ninterrupted; nothing half-written looks finished, run the same command again")
+    err.print("\ninterrupted; nothing half-written looks finished; `milo quantize` run again goes on where it stopped")
     sys.stdout.flush()
     os._exit(130)
 

@@ -101,7 +101,8 @@ def alternate(
     for number in range(1, rounds + 1):
         grid = search(target, encoding)
         codes, residual, norm = quantise(weight, target, grid, encoding)
-        fit = fit_lowrank(residual, rank_of, width, basis)
+        target = weight  # nobody needs the old one
+        fit, basis = fit_lowrank(residual, rank_of, width, basis), None
         error = (norm.square() - fit.energy).clamp(min=0).sqrt()
         del residual
         ran += going

@@ -87,31 +87,37 @@ def _solve_bucket(weight: torch.Tensor, ranks: list[int], encoding: Encoding, gr
     if max(ranks) > 0 and min(ranks) < min(weight.shape[1:]):
         best = alternate(weight, ranks, search, encoding, rounds)
         found, codes, fit, unrounded, ran = best.grid, best.codes, best.fit, best.error, best.rounds.tolist()
+        del best
     else:
         found = search(weight, encoding)
         codes, unrounded = nearest(weight, found, encoding)
     error = unrounded
-    factors: dict[str, torch.Tensor] = {}
+    factors: list[dict[str, torch.Tensor]] = [{} for _ in ranks]
     if max(ranks) > 0:
-        residual = weight - decode(codes, found, encoding)
+        target = weight - decode(codes, found, encoding)
         if fit is None:  # full rank: one round, and nothing is left before the factors are rounded
-            fit, unrounded = whole(residual), torch.zeros_like(unrounded)
-        factors, product = round_factors(residual, *fit.factors(), encoding.factor)
+            fit, unrounded = whole(target), torch.zeros_like(unrounded)
+        u, v = fit.factors()
+        del fit
+        # All members at once where launches count, one by one where memory does.
+        step = len(ranks) if weight.is_cuda else 1
+        for first in range(0, len(ranks), step):
+            part = slice(first, first + step)
+            width = max(ranks[part])
+            tensors, product = round_factors(target[part], u[part, :, :width], v[part, :width], encoding.factor)
+            torch.sub(weight[part], product, out=target[part])
+            for i, rank in enumerate(ranks[part]):
+                factors[first + i] = {name: tensor[i, :rank] for name, tensor in tensors.items()}
         # The codes have the last word: nearest to what the rounded compensators leave, on the same grid.
-        codes, error = nearest(torch.sub(weight, product, out=product), found, encoding)
+        codes, error = nearest(target, found, encoding)
 
     norm = torch.linalg.vector_norm(weight, dim=(1, 2)).double()
     relative = torch.where(norm > 0, 1 / norm, 0.0)
     errors, errors_unrounded = (torch.stack([error, unrounded]) * relative).tolist()
     stacked = _code_tensors(codes, encoding) | grid_tensors(found, encoding)
     return [
-        Solved(
-            {k: t[i] for k, t in stacked.items()} | {k: t[i, :rank] for k, t in factors.items()},
-            errors[i],
-            errors_unrounded[i],
-            ran[i],
-        )
-        for i, rank in enumerate(ranks)
+        Solved({k: t[i] for k, t in stacked.items()} | factors[i], errors[i], errors_unrounded[i], ran[i])
+        for i in range(len(ranks))
     ]
 
 
