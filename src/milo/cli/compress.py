@@ -28,7 +28,7 @@ from milo.cli.options import (
     JsonOption,
     Knobs,
     ModelArgument,
-    PredictOption,
+    NoPredictOption,
     RanksOption,
     RecipeOption,
     RoundsOption,
@@ -65,7 +65,7 @@ def plan(
     counts: CountsOption = None,
     devices: DevicesOption = None,
     workers: WorkersOption = None,
-    predicting: PredictOption = True,
+    no_predict: NoPredictOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Show what a recipe would do, group by group with exact bytes, and what it would take; compresses nothing."""
@@ -74,7 +74,7 @@ def plan(
     made = _make_plan(source, knobs.for_model(source.checkpoint.config), counts)
     files = sum(shard.nbytes for shard in lay_out_checkpoint(source.checkpoint, source.inventory, made))
     where = visible_devices(devices)
-    told = predict(source.checkpoint, made, where, workers) if predicting else None
+    told = predict(source.checkpoint, made, where, workers) if not no_predict else None
     if as_json:
         print_json(
             {
@@ -117,7 +117,7 @@ def quantize(
     max_shard_size: Annotated[str, typer.Option(help="Bytes a shard, e.g. 5GB or 500MB.")] = "5GB",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a finished output.")] = False,
     restart: Annotated[bool, typer.Option("--restart", help="Throw an unfinished run away.")] = False,
-    predicting: PredictOption = True,
+    no_predict: NoPredictOption = False,
 ) -> None:
     """Compress MODEL into a folder that transformers loads; no calibration data. The same command again resumes it."""
     knobs = Knobs(recipe, ranks, bits, group_size, grid, rounds, factor, scale_bits, zero_bits)
@@ -130,7 +130,7 @@ def quantize(
         f"({made.bits_per_weight:.3f} bits a weight)",
         err,
     )
-    told = predict(source.checkpoint, made, where, workers) if predicting and not ray else None
+    told = predict(source.checkpoint, made, where, workers) if not (no_predict or ray) else None
     if told is not None:
         say(_promise(told, where), err)
     base_model = str(Path(model).resolve()) if Path(model).is_dir() else model

@@ -42,7 +42,7 @@ DevicesOption = Annotated[
 WorkersOption = Annotated[
     int | None, typer.Option("--workers", min=1, help="CPU threads, one item each; by default the cores, up to 8.")
 ]
-PredictOption = Annotated[bool, typer.Option("--predict/--no-predict", help="Try two seconds of it to tell the time.")]
+NoPredictOption = Annotated[bool, typer.Option("--no-predict", help="Do not try two seconds of it to tell the time.")]
 DeviceOption = Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:1, ...")]
 
 

@@ -132,7 +132,9 @@ def read_members(checkpoint: Checkpoint, group: Group, members: range, pinned: b
     names = [group.members[0]] if group.kind is Kind.STACK else [group.members[m] for m in members]
     stored = checkpoint.tensors[names[0]]
     shape = stored.shape[-2:]
-    weight = torch.empty(len(members), *shape, dtype=TORCH_DTYPES[stored.dtype], pin_memory=pinned)
+    dtype = TORCH_DTYPES[stored.dtype]
+    # The device is named because transformers calls this while its default is `meta`.
+    weight = torch.empty(len(members), *shape, dtype=dtype, device="cpu", pin_memory=pinned)
     if group.kind is Kind.STACK:
         checkpoint.read_into(names[0], weight, members.start)
     else:
