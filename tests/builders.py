@@ -171,7 +171,7 @@ def word_tokenizer(folder: Path) -> None:
     words = {"[UNK]": 0, **{f"w{i}": i for i in range(1, 200)}}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="[UNK]").save_pretrained(folder)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="[UNK]", eos_token="w199").save_pretrained(folder)
 
 
 def compress(

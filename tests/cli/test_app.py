@@ -13,9 +13,12 @@ from importlib.metadata import version
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
 import builders
 import zoo
+from milo.cli.app import app
+from task_files import write_task_files
 
 MILO = [sys.executable, "-m", "milo.cli.app"]
 
@@ -72,7 +75,8 @@ def test_plan_and_files_agree_to_the_byte(model: Path, compressed: Path) -> None
 
 def test_the_report_keeps_the_command(model: Path, compressed: Path) -> None:
     report = json.loads((compressed / "milo_report.json").read_text())
-    assert report["command"] == f"milo quantize {model} -o {compressed} --ranks dense:4+kurtosis:2 --rounds 2 --workers 1"
+    options = "--ranks dense:4+kurtosis:2 --rounds 2 --workers 1"
+    assert report["command"] == f"milo quantize {model} -o {compressed} {options}"
 
 
 def test_plan_prints_a_table_that_names_every_kind_of_matrix(model: Path) -> None:
@@ -87,12 +91,30 @@ def test_eval_measures_against_the_recorded_source(model: Path, compressed: Path
     found = json.loads(milo("eval", compressed, *args).stdout)
     assert found["original"] == str(model)
     assert found["divergence"]["kl"] > 0
+    assert len(found["divergence"]["routing"]) == 2
     assert found["contiguous"]["ppl"] > 1
     assert found["sliding"]["stride"] == 16
     itself = json.loads(milo("eval", model, *args).stdout)
     assert itself["divergence"] is None
     assert itself["size"]["bits_per_weight"] is None
-    assert "perplexity" in milo("eval", compressed, "--text", text, "--window", "64").stdout
+    shown = milo("eval", compressed, "--text", text, "--window", "64").stdout
+    assert "perplexity" in shown
+    assert "same 2 experts, worst layer (model.layers." in shown
+
+
+def test_eval_runs_tasks_on_a_model_and_its_original(model: Path, compressed: Path, tmp_path: Path) -> None:
+    args = ("--tasks", "lambada,arc", "--task-dir", write_task_files(tmp_path), "--limit", "2")
+    found = json.loads(milo("eval", compressed, *args, "--json").stdout)
+    assert found["contiguous"] is None
+    assert found["size"]["bits_per_weight"] < 16
+    tasks = found["tasks"]
+    assert (tasks["model"], tasks["original"], tasks["limit"]) == (str(compressed), str(model), 2)
+    rows = {(row["task"], row["metric"]): row for row in tasks["results"]}
+    assert rows["lambada_openai", "perplexity"]["difference"] != 0
+    assert [key for key, row in rows.items() if row["in_paper"]] == [("lambada_openai", "acc")]
+    shown = milo("eval", compressed, *args).stdout
+    assert re.search(r"lambada_openai │ acc \* +│ +0 │ +2 │ +0\.\d{4} ± 0\.\d{4} │", shown), shown
+    assert "by lm-eval" in shown
 
 
 def test_profile_feeds_the_frequency_policy(model: Path, text: Path, tmp_path: Path) -> None:
@@ -143,6 +165,12 @@ def test_mistakes_get_one_clear_line(model: Path, args: tuple[str, ...], words: 
     failed = milo(*(arg.format(model=model) for arg in args), code=1)
     assert words in failed.stderr
     assert failed.stderr.strip().startswith("error: ")
+
+
+def test_options_of_tasks_need_tasks() -> None:
+    used = CliRunner().invoke(app, ["eval", "somewhere", "--limit", "3"])
+    assert used.exit_code == 2
+    assert "name some with --tasks" in " ".join(used.stderr.replace("│", " ").split())
 
 
 def test_ctrl_c_leaves_nothing_that_looks_finished_and_its_command_goes_on(model: Path, tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from evaluate.conftest import tiny_mixtral
+from judged import tiny_mixtral
 from milo.errors import MiloError
 from milo.evaluate import load_text, perplexity, tokenize
 
