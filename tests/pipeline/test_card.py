@@ -67,6 +67,16 @@ def test_measured_quality_becomes_eval_results() -> None:
     assert "87.50%" in card.text
 
 
+def test_tasks_stand_in_the_card_beside_the_original() -> None:
+    row = {"task": "piqa", "part_of": None, "metric": "acc", "value": 0.6, "stderr": 0.01, "original": 0.62}
+    row |= {"original_stderr": 0.01, "difference": -0.02, "difference_stderr": 0.004}
+    parts = [row, {**row, "task": "mmlu_law", "part_of": "mmlu"}]
+    card = ModelCard(model_card(CONFIG, REPORT, "a/b", evaluation={"text": None, "tasks": {"results": parts}}))
+    assert "| piqa, acc | 0.6000 ± 0.0100 | 0.6200 ± 0.0100 | -0.0200 ± 0.0040 |" in card.text
+    assert "mmlu_law" not in card.text
+    assert "None" not in card.text
+
+
 def test_what_the_sources_card_says_of_its_licence_is_kept(mixtral_folder: Path, tmp_path: Path) -> None:
     source = builders.copied(mixtral_folder, tmp_path / "source")
     (source / "README.md").write_text("---\nlicense: other\nlicense_name: mrl\nlicense_link: LICENSE\ntags: [x]\n---\n")

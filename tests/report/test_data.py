@@ -101,7 +101,22 @@ def test_an_evaluation_shows_what_it_knows_and_what_is_simple() -> None:
     assert list(others["router agreement"].head) == ["layer", "same top k"]
 
 
+def test_an_evaluation_shows_tasks_and_routers() -> None:
+    row = {"task": "piqa", "part_of": None, "metric": "acc", "value": 0.6, "stderr": 0.01, "original": 0.62}
+    part = {**row, "task": "mmlu_law", "part_of": "mmlu"}
+    routing = [{"layer": "layers.0", "same_set": 0.9}, {"layer": "layers.1", "same_set": 0.5}]
+    found = {"tasks": {"results": [row, part]}, "divergence": {"routing": routing}, "text": "wiki.txt"}
+    scores, *more = evaluation.others(found)
+    assert scores.rows == [("piqa, acc", "0.6000 ± 0.0100", "0.6200", "–")]
+    assert more == []
+    assert evaluation.measurements(found).rows == [
+        ("Tokens that keep all their experts, mean of layers", "70.00 %"),
+        ("… in layers.1, the worst", "50.00 %"),
+    ]
+
+
 def test_an_evaluation_of_another_kind_is_no_error() -> None:
-    assert evaluation.measurements({"divergence": None}).rows == []
+    assert evaluation.measurements({"divergence": None}) is None
+    assert evaluation.tasks({"tasks": {"results": [3, {"task": "piqa"}]}}) is None
     assert evaluation.others({"contiguous": 3, "notes": [1, 2], "empty": {}}) == []
     assert evaluation.headline({}) is None

@@ -163,7 +163,17 @@ def _holdings(report: Mapping[str, Any]) -> str:
 
 
 def _quality(evaluation: Mapping[str, Any]) -> str:
-    rows = [f"## Measured quality\n\nOn {evaluation.get('text')}, by `milo eval --save`.\n\n| | |\n|---|---|"]
+    blocks = ["## Measured quality", "By `milo eval --save`."]
+    if rows := _on_text(evaluation):
+        blocks.append("\n".join([f"| on {evaluation.get('text')} | |", "|---|---|", *rows]))
+    if rows := _on_tasks(evaluation):
+        head = "| task, metric | this model | original | difference (paired standard error) |"
+        blocks.append("\n".join([head, "|---|---|---|---|", *rows]))
+    return "\n\n".join(blocks)
+
+
+def _on_text(evaluation: Mapping[str, Any]) -> list[str]:
+    rows = []
     for key, how in (("contiguous", "side by side"), ("sliding", "sliding")):
         if found := evaluation.get(key):
             step = f" by {found['stride']}" if key == "sliding" else ""
@@ -173,4 +183,21 @@ def _quality(evaluation: Mapping[str, Any]) -> str:
         rows.append(f"| same first choice as the original | {found['top1']:.2%} |")
     if found := evaluation.get("contiguous"):
         rows.append(f"| tokens scored | {found['tokens']:,} |")
-    return "\n".join(rows)
+    return rows
+
+
+def _on_tasks(evaluation: Mapping[str, Any]) -> list[str]:
+    """Scores of the tasks that were asked for; the parts of a group stay in `milo_eval.json`."""
+    rows = []
+    for row in (evaluation.get("tasks") or {}).get("results", ()):
+        if row["part_of"] is None:
+            pairs = (("value", "stderr"), ("original", "original_stderr"), ("difference", "difference_stderr"))
+            cells = [_with_error(row[value], row[error]) for value, error in pairs]
+            rows.append(f"| {row['task']}, {row['metric']} | {' | '.join(cells)} |")
+    return rows
+
+
+def _with_error(value: float | None, error: float | None) -> str:
+    if value is None:
+        return "–"
+    return f"{value:.4f}" if error is None else f"{value:.4f} ± {error:.4f}"

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 Scalar = str | int | float | bool | None
-_KNOWN = frozenset(("model", "text", "recipe", "size", "contiguous", "sliding", "original", "divergence"))
+_KNOWN = frozenset(("model", "text", "recipe", "size", "contiguous", "sliding", "original", "divergence", "tasks"))
 
 
 @dataclass(frozen=True)
@@ -29,8 +29,8 @@ class Table:
     rows: Sequence[Sequence[str]]
 
 
-def measurements(evaluation: Mapping[str, Any]) -> Table:
-    """What `milo eval` always measures, as far as it is there."""
+def measurements(evaluation: Mapping[str, Any]) -> Table | None:
+    """What `milo eval` measures on a text; None if it was given none."""
     rows = []
     for key in ("contiguous", "sliding"):
         found = _object(evaluation.get(key))
@@ -43,10 +43,39 @@ def measurements(evaluation: Mapping[str, Any]) -> Table:
         rows.append(("KL divergence from the original, nats a token", f"{found['kl']:.5f}{error}"))
     if "top1" in found:
         rows.append(("Same first choice as the original", f"{100 * found['top1']:.2f} %"))
+    routing = [layer for layer in found.get("routing") or () if _flat(layer) and "same_set" in layer]
+    if routing:
+        shares = [layer["same_set"] for layer in routing]
+        worst = min(routing, key=lambda layer: layer["same_set"])
+        rows.append(("Tokens that keep all their experts, mean of layers", f"{100 * sum(shares) / len(shares):.2f} %"))
+        rows.append((f"… in {worst.get('layer')}, the worst", f"{100 * worst['same_set']:.2f} %"))
     tokens = _object(evaluation.get("contiguous")).get("tokens")
     if tokens is not None:
         rows.append(("Tokens scored", show(tokens)))
-    return Table(f"Measured on {evaluation.get('text', 'an unnamed text')}", (), rows)
+    return Table(f"Measured on {evaluation.get('text') or 'an unnamed text'}", (), rows) if rows else None
+
+
+def tasks(evaluation: Mapping[str, Any]) -> Table | None:
+    """Task scores beside the original's; None if no task was run. Parts of a group are left out."""
+    found = _object(evaluation.get("tasks"))
+    rows = [
+        (
+            f"{row['task']}, {row['metric']}",
+            _with_error(row.get("value"), row.get("stderr")),
+            _with_error(row.get("original"), row.get("original_stderr")),
+            _with_error(row.get("difference"), row.get("difference_stderr")),
+        )
+        for row in found.get("results") or ()
+        if _flat(row) and row.get("part_of") is None and "task" in row and "metric" in row
+    ]
+    head = ("task and metric", "this model", "original", "difference, paired")
+    return Table("Tasks, through lm-eval", head, rows) if rows else None
+
+
+def _with_error(value: Any, error: Any) -> str:
+    if not isinstance(value, int | float):
+        return "–"
+    return f"{value:.4f} ± {error:.4f}" if isinstance(error, int | float) else f"{value:.4f}"
 
 
 def headline(evaluation: Mapping[str, Any]) -> tuple[str, str] | None:
@@ -60,7 +89,9 @@ def headline(evaluation: Mapping[str, Any]) -> tuple[str, str] | None:
 def others(evaluation: Mapping[str, Any]) -> list[Table]:
     """Tables of the keys that `measurements` does not know, in their order."""
     loose = [(words(key), show(value)) for key, value in evaluation.items() if key not in _KNOWN and _scalar(value)]
-    tables = [Table("Also recorded", (), loose)] if loose else []
+    tables = [scores] if (scores := tasks(evaluation)) is not None else []
+    if loose:
+        tables.append(Table("Also recorded", (), loose))
     for key, value in evaluation.items():
         if key not in _KNOWN and not _scalar(value) and (table := _table(words(key), value)) is not None:
             tables.append(table)
