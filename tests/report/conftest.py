@@ -26,7 +26,7 @@ EVALUATION = {
     "original": "source",
     "divergence": {"kl": 0.03, "kl_se": 0.001, "kl_p50": 0.02, "kl_p90": 0.06, "kl_p99": 0.17, "top1": 0.87},
     "router_agreement": [{"layer": 0, "same_top_k": 0.97}, {"layer": 1, "same_top_k": 0.93}],
-    "tasks": {"piqa": {"acc": 0.61, "acc_stderr": 0.011}, "arc_easy": {"acc": 0.4, "acc_stderr": 0.01}},
+    "probes": {"piqa": {"acc": 0.61, "acc_stderr": 0.011}, "arc_easy": {"acc": 0.4, "acc_stderr": 0.01}},
     "harness": "0.4.9",
     "samples": {"deep": {"deeper": {"deepest": 1}}},
 }

@@ -96,8 +96,8 @@ def test_an_evaluation_shows_what_it_knows_and_what_is_simple() -> None:
     assert rows["KL divergence from the original, nats a token"] == "0.03000 ± 0.00100"
     assert rows["Same first choice as the original"] == "87.00 %"
     others = {table.title: table for table in evaluation.others(EVALUATION)}
-    assert set(others) == {"Also recorded", "router agreement", "tasks"}
-    assert list(others["tasks"].rows[0]) == ["piqa", "0.61", "0.011"]
+    assert set(others) == {"Also recorded", "router agreement", "probes"}
+    assert list(others["probes"].rows[0]) == ["piqa", "0.61", "0.011"]
     assert list(others["router agreement"].head) == ["layer", "same top k"]
 
 
