@@ -20,6 +20,7 @@ from typer.testing import CliRunner
 import builders
 import zoo
 from milo.cli.app import app
+from task_files import write_task_files
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -29,6 +30,7 @@ NOT_RUN = {
     "python3 -m venv": "CI runs the test command; the demo has tests of its own",
     "pip install": "network",
     "milo demo": "a minute of training; tests/demo has it in pieces",
+    "milo eval mixtral-milo --tasks paper": "network; tests/evaluate/test_tasks.py has the suite's names and settings",
     "milo push": "network; tests/checkpoint/test_publish.py has a hub",
     "python benchmarks": "hours; test_the_benchmarks_exist",
 }
@@ -72,6 +74,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny: Path) -> Path:
         (tmp_path / name).symlink_to(tiny)
     for name in ("FILE", "wiki.txt", "wiki.test.hf_join.txt"):
         (tmp_path / name).write_text(" ".join(f"w{(i * i) % 190 + 1}" for i in range(400)))
+    write_task_files(tmp_path / "FOLDER")
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
