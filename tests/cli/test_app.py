@@ -13,10 +13,9 @@ from importlib.metadata import version
 from pathlib import Path
 
 import pytest
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
+import builders
 import zoo
 from milo.cli.app import app
 from task_files import write_task_files
@@ -41,10 +40,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny Mixtral with a word tokenizer."""
     folder = tmp_path_factory.mktemp("cli") / "tiny"
     zoo.tiny_model("mixtral").save_pretrained(folder)
-    words = {"[UNK]": 0, **{f"w{i}": i for i in range(1, 200)}}
-    tokenizer = Tokenizer(models.WordLevel(words, unk_token="[UNK]"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="[UNK]", eos_token="w199").save_pretrained(folder)
+    builders.word_tokenizer(folder)
     return folder
 
 
@@ -58,12 +54,16 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def compressed(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("cli") / "out"
-    milo("quantize", model, "-o", out, "--ranks", "dense:4+kurtosis:2", "--rounds", "2")
+    done = milo("quantize", model, "-o", out, "--ranks", "dense:4+kurtosis:2", "--rounds", "2", "--workers", "1")
+    assert re.search(r"about \d+ s on 1 CPU threads, .* of memory", done.stderr)
+    assert re.search(r"out: .* in .* s, .*peak memory .*\npredicted: \d+\.\d s, .*iB\n", done.stdout)
     return out
 
 
 def test_plan_and_files_agree_to_the_byte(model: Path, compressed: Path) -> None:
     plan = json.loads(milo("plan", model, "--ranks", "dense:4+kurtosis:2", "--rounds", "2", "--json").stdout)
+    assert plan["prediction"]["seconds"] > 0
+    assert plan["prediction"]["host_bytes"] > plan["peak_bytes"] > 0
     files = sum(path.stat().st_size for path in compressed.glob("*.safetensors"))
     assert plan["files_bytes"] == files
     inspected = json.loads(milo("inspect", compressed, "--json").stdout)
@@ -73,10 +73,17 @@ def test_plan_and_files_agree_to_the_byte(model: Path, compressed: Path) -> None
     assert all(0 < role["mean_error"] < 0.5 for role in inspected["roles"])
 
 
+def test_the_report_keeps_the_command(model: Path, compressed: Path) -> None:
+    report = json.loads((compressed / "milo_report.json").read_text())
+    options = "--ranks dense:4+kurtosis:2 --rounds 2 --workers 1"
+    assert report["command"] == f"milo quantize {model} -o {compressed} {options}"
+
+
 def test_plan_prints_a_table_that_names_every_kind_of_matrix(model: Path) -> None:
-    shown = milo("plan", model, "--recipe", "hqq").stdout
+    shown = milo("plan", model, "--recipe", "hqq", "--no-predict").stdout
     assert "model.layers.#.block_sparse_moe.experts.*.w1" in shown
     assert "bits a weight" in shown
+    assert "on this machine" not in shown
 
 
 def test_eval_measures_against_the_recorded_source(model: Path, compressed: Path, text: Path) -> None:
@@ -150,6 +157,7 @@ def test_doctor_names_the_kernel_that_runs() -> None:
         (("inspect", "{model}"), "not compressed with MiLo"),
         (("quantize", "{model}", "-o", "{model}"), "the source itself"),
         (("quantize", "{model}", "-o", "{model}/.."), "not empty"),
+        (("quantize", "{model}", "-o", "nowhere", "--devices", "cuda:77"), "cuda:77 is not there"),
         (("eval", "{model}", "--text", "nowhere.txt"), "nowhere.txt"),
     ],
 )
@@ -165,16 +173,21 @@ def test_options_of_tasks_need_tasks() -> None:
     assert "name some with --tasks" in " ".join(used.stderr.replace("│", " ").split())
 
 
-def test_ctrl_c_leaves_nothing_that_looks_finished(model: Path, tmp_path: Path) -> None:
+def test_ctrl_c_leaves_nothing_that_looks_finished_and_its_command_goes_on(model: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     command = [*MILO, "quantize", str(model), "-o", str(out), "--ranks", "uniform:8", "--rounds", "100000"]
     running = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=_environment())
     deadline = time.monotonic() + 120
-    while not (out / "milo_unfinished.json").exists() and time.monotonic() < deadline:
+    while not (out / "milo_journal.jsonl").exists() and time.monotonic() < deadline:
         time.sleep(0.1)
     running.send_signal(signal.SIGINT)
     _, errors = running.communicate(timeout=60)
     assert running.returncode == 130, errors
     assert "Traceback" not in errors
     assert not (out / "config.json").exists()
+    assert "run again goes on where it stopped" in errors
     assert "unfinished" in milo("inspect", out, code=1).stderr
+    other = ("quantize", model, "-o", out, "--recipe", "rtn", "--no-predict")
+    assert "--restart to start over" in milo(*other, code=1).stderr
+    milo(*other, "--restart")
+    assert (out / "config.json").exists()

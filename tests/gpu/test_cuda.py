@@ -33,7 +33,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     zoo.tiny_model("mixtral").save_pretrained(root / "source")
     source = open_source(str(root / "source"))
     plan = plan_source(source, custom_recipe("milo-s1", source.checkpoint.config, ranks="dense:8+kurtosis:3", rounds=4))
-    compress_checkpoint(source.checkpoint, source.inventory, plan, root / "out", device="cuda")
+    compress_checkpoint(source.checkpoint, source.inventory, plan, root / "out", devices="cuda:0")
     return root / "source", root / "out"
 
 

@@ -18,6 +18,8 @@ from milo.cli.console import err, say
 from milo.cli.demo import demo
 from milo.cli.doctor import doctor
 from milo.cli.measure import evaluate, generate, inspect
+from milo.cli.push import push
+from milo.cli.report import report
 from milo.errors import MiloError
 
 app = typer.Typer(
@@ -50,7 +52,9 @@ app.command()(profile)
 app.command()(quantize)
 app.command("eval")(evaluate)
 app.command()(inspect)
+app.command()(report)
 app.command()(generate)
+app.command()(push)
 app.command()(doctor)
 
 
@@ -73,7 +77,7 @@ def main() -> None:
 def _interrupted(signum: int, frame: FrameType | None) -> None:
     """Ctrl-C: leave at once. An exception would first wait for the pieces that threads are still solving."""
     err.show_cursor(True)
-    err.print("\ninterrupted; nothing half-written looks finished, run the same command again")
+    err.print("\ninterrupted; nothing half-written looks finished; `milo quantize` run again goes on where it stopped")
     sys.stdout.flush()
     os._exit(130)
 

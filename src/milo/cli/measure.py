@@ -21,6 +21,7 @@ from milo.evaluate.scores import TaskEvaluation, TaskResult
 from milo.evaluate.suite import task_names
 from milo.evaluate.tasks import evaluate_tasks, load_tasks
 from milo.evaluate.text import load_text
+from milo.pipeline.card import save_evaluation
 
 DtypeOption = Annotated[str, typer.Option("--dtype", help="auto, float32, bfloat16 or float16.")]
 
@@ -47,12 +48,15 @@ def evaluate(
     batch_size: Annotated[int, typer.Option(help="Documents of tasks run together.", min=1)] = 16,
     dtype: DtypeOption = "auto",
     device: DeviceOption = BEST_DEVICE,
+    save: Annotated[bool, typer.Option("--save", help="Keep it in MODEL/milo_eval.json and the card.")] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Perplexity, divergence from the original and exact bytes; or tasks."""
     if tasks is None and (task_dir is not None or limit is not None or num_fewshot is not None):
         raise typer.BadParameter("--task-dir, --limit and --num-fewshot are about tasks: name some with --tasks")
     # Before any model runs: a wrong name or path is known in seconds.
+    if save:
+        CompressedCheckpoint(find_model(model))
     ready = load_tasks(task_names(tasks), task_dir, num_fewshot) if tasks is not None else None
     if text is not None or ready is None:
         content, name = load_text(text)
@@ -76,6 +80,8 @@ def evaluate(
             model, ready, original=original, limit=limit, batch=batch_size, dtype=dtype, device=device
         )
         result = replace(result, tasks=judged)
+    if save:
+        save_evaluation(find_model(model), result.to_json())
     if as_json:
         print_json(result.to_json())
     else:
@@ -85,7 +91,7 @@ def evaluate(
 def inspect(folder: FolderArgument, as_json: JsonOption = False) -> None:
     """What is in a compressed folder: bits, rank and error by role."""
     checkpoint = CompressedCheckpoint(find_model(folder))
-    matrices = checkpoint.report["matrices"] if (checkpoint.folder / REPORT).exists() else []
+    matrices = checkpoint.report["matrices"] if checkpoint.has_report else []
     errors: dict[str, list[float]] = defaultdict(list)
     for matrix in matrices:
         errors[matrix["role"]].append(matrix["error"])

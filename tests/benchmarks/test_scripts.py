@@ -13,7 +13,7 @@ import pytest
 from judged import tiny_mixtral
 from task_files import letters, write_task_files
 
-BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
+BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 
 
 def test_generate(tmp_path: Path) -> None:
