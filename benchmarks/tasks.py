@@ -41,7 +41,7 @@ def compressed(model: str, device: str) -> Iterator[tuple[str, Path]]:
         with tempfile.TemporaryDirectory() as folder:
             source = open_source(model)
             plan = plan_source(source, custom_recipe(name, source.checkpoint.config))
-            compress_checkpoint(source.checkpoint, source.inventory, plan, folder, device=device)
+            compress_checkpoint(source.checkpoint, source.inventory, plan, folder, devices=device)
             yield name, Path(folder)
 
 

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 import builders
-import zoo
+from judged import tiny_mixtral
 from milo.cli.app import app
 from task_files import write_task_files
 
@@ -82,9 +82,10 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny: Path) -> Path:
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     found = tmp_path_factory.mktemp("docs") / "tiny"
-    zoo.tiny_model("mixtral").save_pretrained(found)
+    # Rows long enough for the budgets that pages show, and positions for their windows.
+    size = {"vocab_size": 200, "hidden_size": 256, "intermediate_size": 256, "max_position_embeddings": 4096}
+    tiny_mixtral(0, **size).save_pretrained(found)
     builders.word_tokenizer(found)
-    builders.edit_json(found / "config.json", max_position_embeddings=4096)  # the windows that pages show
     return found
 
 
@@ -126,11 +127,15 @@ def test_no_excuse_is_idle() -> None:
 def test_the_command_page_names_every_option_and_no_other() -> None:
     text = (ROOT / "docs/cli.md").read_text(encoding="utf-8")
     sections = dict(re.findall(r"^## milo (\w+)$(.*?)(?=^## |\Z)", text, re.M | re.S))
-    recipe_options = set(re.findall(r"--[a-z][a-z-]*", text.partition("### Recipe options")[2].partition("## ")[0]))
+    shared = {
+        f"[{kind} options]": set(re.findall(r"--[a-z][a-z-]*", " ".join(re.findall(r"^\| `.*", table, re.M))))
+        for kind in ("recipe", "budget")
+        for table in [text.partition(f"### {kind.title()} options")[2].partition("## ")[0]]
+    }
     for name, command in _group().commands.items():
         shown = " ".join(re.findall(r"^ {4}milo .*(?:\n {12,}\S.*)*", sections[name], re.M))
         named = set(re.findall(r"(?<![\w-])--?[a-z][a-z-]*", shown))
-        named |= recipe_options if "[recipe options]" in shown else set()
+        named |= set().union(*(options for kind, options in shared.items() if kind in shown))
         options = [parameter for parameter in command.params if parameter.param_type_name == "option"]
         spellings = [{*option.opts, *option.secondary_opts} for option in options]
         for spelling in spellings:

@@ -50,7 +50,7 @@ def plans(draw: st.DrawFn) -> Plan:
         for name in names:
             ranks = tuple(draw(st.lists(st.integers(0, 3), min_size=count, max_size=count)))
             shape = draw(st.sampled_from([(64, 96), (33, 40)]))
-            grid = draw(st.sampled_from(["rtn", "hqq"]))
+            grid = draw(st.sampled_from(["rtn", "hqq", "mse"]))
             rows.append(Row(name, role, kind, shape, ranks, draw(st.sampled_from(choice)), grid, swapped))
     return Plan(tuple(draw(st.permutations(rows))), "custom", "sparse:3", draw(st.integers(1, 40)), 0)
 

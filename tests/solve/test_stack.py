@@ -26,7 +26,7 @@ def true_error(weight: torch.Tensor, solved: Solved, encoding: Encoding) -> floa
     return ((weight.double() - rebuilt).norm() / weight.double().norm()).item()
 
 
-@pytest.mark.parametrize("grid", ["rtn", "hqq"])
+@pytest.mark.parametrize("grid", ["rtn", "hqq", "mse"])
 @pytest.mark.parametrize(
     "encoding",
     [

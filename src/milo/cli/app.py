@@ -17,6 +17,7 @@ from milo.cli.compress import plan, profile, quantize
 from milo.cli.console import err, say
 from milo.cli.demo import demo
 from milo.cli.doctor import doctor
+from milo.cli.frontier import frontier
 from milo.cli.measure import evaluate, generate, inspect
 from milo.cli.push import push
 from milo.cli.report import report
@@ -51,6 +52,7 @@ app.command()(plan)
 app.command()(profile)
 app.command()(quantize)
 app.command("eval")(evaluate)
+app.command()(frontier)
 app.command()(inspect)
 app.command()(report)
 app.command()(generate)

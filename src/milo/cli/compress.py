@@ -7,6 +7,7 @@ import shlex
 import sys
 from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,6 +17,7 @@ from rich.table import Table
 from milo.checkpoint.hub import find_model
 from milo.checkpoint.roles import LAYER_INDEX
 from milo.checkpoint.writer import write_atomically
+from milo.cli.budget import BudgetOption, SelfOption, SensitivityOption, plan_by_budget, print_allocation
 from milo.cli.console import bar, err, out, print_json, say, size
 from milo.cli.options import (
     BitsOption,
@@ -63,17 +65,24 @@ def plan(
     scale_bits: ScaleOption = None,
     zero_bits: ZeroOption = None,
     counts: CountsOption = None,
+    budget: BudgetOption = None,
+    sensitivity: SensitivityOption = "random",
+    self_calibrate: SelfOption = False,
     devices: DevicesOption = None,
     workers: WorkersOption = None,
     no_predict: NoPredictOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Show what a recipe would do, group by group with exact bytes, and what it would take; compresses nothing."""
+    """Show what a recipe or budget would do, group by group with exact bytes, and what it takes; compresses nothing."""
     knobs = Knobs(recipe, ranks, bits, group_size, grid, rounds, factor, scale_bits, zero_bits)
     source = open_source(model)
-    made = _make_plan(source, knobs.for_model(source.checkpoint.config), counts)
+    where, found = visible_devices(devices), None
+    if budget is not None:
+        found = plan_by_budget(source, budget, knobs, counts, sensitivity, self_calibrate, where[0])
+        made = found.plan
+    else:
+        made = _make_plan(source, knobs.for_model(source.checkpoint.config), counts)
     files = sum(shard.nbytes for shard in lay_out_checkpoint(source.checkpoint, source.inventory, made))
-    where = visible_devices(devices)
     told = predict(source.checkpoint, made, where, workers) if not no_predict else None
     if as_json:
         print_json(
@@ -87,10 +96,14 @@ def plan(
                 "peak_bytes": peak_bytes(made, where[0], workers),
                 "devices": list(where),
                 "prediction": told.to_json() if told else None,
+                **({"allocation": asdict(found.allocation), "losses": dict(found.losses)} if found else {}),
             }
         )
         return
-    _print_plan(made, source, files)
+    if found is not None:
+        print_allocation(found, source, files)
+    else:
+        _print_plan(made, source, files)
     if told is None:
         need = size(peak_bytes(made, where[0], workers))
         say(f"peak memory while compressing: about {need} beside Python and PyTorch")
@@ -111,6 +124,9 @@ def quantize(
     scale_bits: ScaleOption = None,
     zero_bits: ZeroOption = None,
     counts: CountsOption = None,
+    budget: BudgetOption = None,
+    sensitivity: SensitivityOption = "random",
+    self_calibrate: SelfOption = False,
     devices: DevicesOption = None,
     workers: WorkersOption = None,
     ray: Annotated[bool, typer.Option("--ray", help="Solve on a Ray cluster that shares both folders' disk.")] = False,
@@ -123,8 +139,11 @@ def quantize(
     knobs = Knobs(recipe, ranks, bits, group_size, grid, rounds, factor, scale_bits, zero_bits)
     source = open_source(model)
     check_destination(source.checkpoint, output, overwrite)
-    made = _make_plan(source, knobs.for_model(source.checkpoint.config), counts)
     where = visible_devices(devices)
+    if budget is not None:
+        made = plan_by_budget(source, budget, knobs, counts, sensitivity, self_calibrate, where[0]).plan
+    else:
+        made = _make_plan(source, knobs.for_model(source.checkpoint.config), counts)
     say(
         f"{made.parameters:,} weights in {len(made.rows):,} groups, {size(made.nbytes)} "
         f"({made.bits_per_weight:.3f} bits a weight)",

@@ -22,7 +22,7 @@ RanksOption = Annotated[
 ]
 BitsOption = Annotated[int | None, typer.Option("--bits", help="Bits of a weight code: 2, 3, 4, 5, 6 or 8.")]
 GroupOption = Annotated[int | None, typer.Option("--group-size", help="Weights that share a scale: 32, 64 or 128.")]
-GridOption = Annotated[str | None, typer.Option("--grid", help="rtn or hqq.")]
+GridOption = Annotated[str | None, typer.Option("--grid", help="rtn, hqq or mse.")]
 RoundsOption = Annotated[int | None, typer.Option("--rounds", help="Solves of the alternation at most.")]
 FactorOption = Annotated[str | None, typer.Option("--factor", help="Compensator dtype: int3, int8 or fp16.")]
 ScaleOption = Annotated[int | None, typer.Option("--scale-bits", help="16, or 8 or 6 under a row's super-scale.")]

@@ -231,11 +231,18 @@ def summary(plan: Plan, shards: list[Shard]) -> dict[str, Any]:
     }
 
 
-def _copy_side_files(source: Path, out: Path) -> None:
+def side_files(source: Path) -> list[Path]:
     """Tokenizer, generation config, licence, modelling code; weights in other formats stay behind."""
+    found = []
     for path in sorted(source.iterdir()):
         weights = path.suffix in (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")
         if path.is_file() and not weights and path.name not in ("config.json", "README.md", INDEX, REPORT):
             if path.name.startswith(".") or path.name.endswith(".index.json"):
                 continue
-            shutil.copyfile(path, out / path.name)
+            found.append(path)
+    return found
+
+
+def _copy_side_files(source: Path, out: Path) -> None:
+    for path in side_files(source):
+        shutil.copyfile(path, out / path.name)

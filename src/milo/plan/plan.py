@@ -36,7 +36,7 @@ class Row:
         shape: `(N, K)` of each.
         ranks: rank of each member.
         encoding: how they are written.
-        grid: `rtn` or `hqq`.
+        grid: `rtn`, `hqq` or `mse`.
         transposed: the source holds `[E, K, N]` (stacks only).
     """
 

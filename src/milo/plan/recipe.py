@@ -14,7 +14,7 @@ from typing import Any
 from milo.errors import PlanError
 from milo.format.matrix import Encoding
 
-GRIDS = ("rtn", "hqq")
+GRIDS = ("rtn", "hqq", "mse")
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Recipe:
     Attributes:
         name: for reports.
         ranks: rank policy, e.g. `dense:512+kurtosis:16` (see `milo.plan.ranks`).
-        grid: `rtn` or `hqq`.
+        grid: `rtn`, `hqq` or `mse`.
         rounds: solves of the alternation at most. The official code's `iter = n` is `n + 1` rounds.
         encoding: bits, group size, metadata and factor widths.
 
@@ -96,7 +96,7 @@ def custom_recipe(
         name: the preset.
         config: the model's parsed `config.json`.
         ranks: rank policy.
-        grid: `rtn` or `hqq`.
+        grid: `rtn`, `hqq` or `mse`.
         rounds: solves at most.
         encoding: fields of `Encoding`.
 

@@ -67,7 +67,9 @@ def minmax_grid(weight: torch.Tensor, encoding: Encoding) -> Grid:
     magnitude = torch.maximum(low.abs(), high.abs())
     span = high - low
     scale = torch.maximum(span / encoding.max_code, magnitude / MAX_ZERO)
-    scale = torch.where(span == 0, torch.where(magnitude == 0, 1.0, magnitude), scale)
+    # A group of zeros is exact on any scale; under a super-scale it must not become the row's largest.
+    nothing = 1.0 if encoding.scale_bits == 16 else _FP16_TINY
+    scale = torch.where(span == 0, torch.where(magnitude == 0, nothing, magnitude), scale)
     scale = round_scale(scale, encoding)
     return Grid(scale, round_zero(-low / scale, encoding))
 

@@ -15,12 +15,15 @@ import torch
 from milo.errors import PlanError, WeightError
 from milo.format.matrix import Encoding
 from milo.solve.alternate import GridSearch, alternate
+from milo.solve.clip_search import mse_grid
 from milo.solve.factors import round_factors
 from milo.solve.grid import decode, grid_tensors, minmax_grid, nearest, pack
 from milo.solve.half_quadratic import hqq_grid
 from milo.solve.lowrank import whole
 
-GRIDS: dict[str, GridSearch] = {"rtn": minmax_grid, "hqq": hqq_grid}
+GRIDS: dict[str, GridSearch] = {"rtn": minmax_grid, "hqq": hqq_grid, "mse": mse_grid}
+# Grids whose compensators start from the weights; the others start as the paper does.
+FACTORS_FIRST = ("mse",)
 
 
 @dataclass
@@ -54,7 +57,7 @@ def solve_stack(
         weight: `[E, N, K]`, any floating dtype, CPU or CUDA.
         ranks: rank of each matrix, 0 to `min(N, K)`.
         encoding: how the result is written.
-        grid: `rtn` or `hqq`.
+        grid: `rtn`, `hqq` or `mse`.
         rounds: solves of the alternation at most (matrices of rank 0 take one).
         name: used in error messages.
 
@@ -85,7 +88,7 @@ def solve_stack(
 def _solve_bucket(weight: torch.Tensor, ranks: list[int], encoding: Encoding, grid: str, rounds: int) -> list[Solved]:
     search, fit, ran = GRIDS[grid], None, [1] * len(ranks)
     if max(ranks) > 0 and min(ranks) < min(weight.shape[1:]):
-        best = alternate(weight, ranks, search, encoding, rounds)
+        best = alternate(weight, ranks, search, encoding, rounds, factors_first=grid in FACTORS_FIRST)
         found, codes, fit, unrounded, ran = best.grid, best.codes, best.fit, best.error, best.rounds.tolist()
         del best
     else:
@@ -108,7 +111,10 @@ def _solve_bucket(weight: torch.Tensor, ranks: list[int], encoding: Encoding, gr
             torch.sub(weight[part], product, out=target[part])
             for i, rank in enumerate(ranks[part]):
                 factors[first + i] = {name: tensor[i, :rank] for name, tensor in tensors.items()}
-        # The codes have the last word: nearest to what the rounded compensators leave, on the same grid.
+        # The codes have the last word: nearest to what the rounded compensators leave. Leading directions of the
+        # weights leave more than the grid was made for once they are rounded, so then it is searched anew.
+        if grid in FACTORS_FIRST:
+            found = search(target, encoding)
         codes, error = nearest(target, found, encoding)
 
     norm = torch.linalg.vector_norm(weight, dim=(1, 2)).double()

@@ -1,0 +1,161 @@
+"""`--budget`: the plan of least predicted loss for a number of bytes, made and explained."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.table import Table
+
+from milo.checkpoint.roles import LAYER_INDEX
+from milo.cli.console import bar, err, out, say, size
+from milo.cli.options import Knobs
+from milo.errors import CheckpointError, MiloError
+from milo.evaluate.folder import load_model
+from milo.integrations.transformers.fisher import sensitivities
+from milo.pipeline.budget import plan_budget
+from milo.pipeline.measure_menu import measure_menu
+from milo.pipeline.planning import Source
+from milo.plan.budget import ROUNDS, Budget, BudgetPlan
+from milo.plan.plan import Row
+from milo.plan.recipe import DEFAULT
+from milo.plan.sensitivity import structural
+
+BudgetOption = Annotated[
+    str | None,
+    typer.Option("--budget", help="Instead of a recipe: 3.4bpw (compressed matrices) or 20GiB (the whole folder)."),
+]
+SensitivityOption = Annotated[
+    str,
+    typer.Option(
+        "--sensitivity",
+        help="How --budget weighs errors. random: gradients of the original at random tokens (it must fit in memory); "
+        "structure: names alone.",
+    ),
+]
+SelfOption = Annotated[
+    bool,
+    typer.Option("--self-calibrate", help="Gradients at tokens the original itself guesses, instead of random ones."),
+]
+SENSITIVITIES = ("random", "structure")
+# Models up to this size take their gradients in float32, larger ones in their own dtype, on every machine alike.
+_FLOAT32_WEIGHTS = 10**9
+
+
+def plan_by_budget(
+    source: Source, budget: str, knobs: Knobs, counts: Path | None, sensitivity: str, self_calibrate: bool, device: str
+) -> BudgetPlan:
+    """Measure the menu, find the sensitivities, allocate.
+
+    Raises:
+        PlanError: no budget, or one that is too small.
+        MiloError: options that contradict each other, or an original that cannot be run.
+    """
+    wanted = Budget.parse(budget)
+    _check(knobs, counts, sensitivity)
+    origin = "self" if self_calibrate else sensitivity
+    groups = source.inventory.groups
+    with bar(sum(group.parameters for group in groups)) as update:
+        measured = measure_menu(source, device=device, progress=lambda done, total, name: update(done, f"menu: {name}"))
+    if origin == "structure":
+        known = structural(groups)
+    else:
+        with bar() as update:
+            known = _gradients(source, origin == "self", device, update)
+    return plan_budget(source, wanted, measured, known, origin, knobs.rounds or ROUNDS)
+
+
+def _check(knobs: Knobs, counts: Path | None, sensitivity: str) -> None:
+    if sensitivity not in SENSITIVITIES:
+        raise MiloError(f"unknown sensitivity {sensitivity!r}; choose one of {', '.join(SENSITIVITIES)}")
+    turned = {name for name, value in vars(knobs).items() if value is not None} - {"recipe", "rounds"}
+    if turned or counts is not None or knobs.recipe != DEFAULT:
+        if counts is not None:
+            turned.add("counts")
+        names = ", ".join(sorted("--" + name.replace("_", "-") for name in turned))
+        raise MiloError(f"--budget chooses bits, groups and ranks itself; leave out {names or '--recipe'}")
+
+
+def _gradients(source: Source, own_text: bool, device: str, update: Callable[[float, str], None]) -> dict[str, float]:
+    """Sensitivities from the original, loaded for this and dropped again."""
+    folder = source.checkpoint.folder
+    weights = sum(group.parameters for group in source.inventory.groups)
+    small = weights <= _FLOAT32_WEIGHTS
+    needed = sum(info.nbytes for info in source.checkpoint.tensors.values()) * (2 if small else 1)
+    remedy = "use --sensitivity structure, which reads names only"
+    available = _available_memory()
+    if available is not None and needed > available:
+        raise MiloError(
+            f"finding sensitivities takes {size(needed)} of memory for the original, {size(available)} are available: "
+            f"{remedy}"
+        )
+    try:
+        model = load_model(folder, "float32" if small else "auto", device)
+    except CheckpointError as error:
+        raise CheckpointError(f"{error}; to plan without running the model, {remedy}") from error
+    return sensitivities(model, source.inventory, own_text, update)
+
+
+def _available_memory() -> int | None:
+    """Bytes of memory that a process may still take; None where the system does not say."""
+    try:
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    return None
+
+
+def print_allocation(found: BudgetPlan, source: Source, files: int) -> None:
+    """What every role got, what it costs, and the price of a byte."""
+    plan, allocation = found.plan, found.allocation
+    title = f"{source.checkpoint.folder} · budget {plan.policy}"
+    table = Table(title=title, title_justify="left")
+    for column in ("matrices", "role", "count", "bits/group: layers", "rank (mean)", "bytes", "bits/weight", "loss"):
+        left = column in ("matrices", "role", "bits/group: layers")
+        table.add_column(column, justify="left" if left else "right", no_wrap=True)
+    grouped: dict[str, list[Row]] = defaultdict(list)
+    for row in plan.rows:
+        grouped[LAYER_INDEX.sub("#", row.name, count=1)].append(row)
+    for template, rows in grouped.items():
+        ranks = [rank for row in rows for rank in row.ranks]
+        parameters, nbytes = sum(row.parameters for row in rows), sum(row.nbytes for row in rows)
+        loss = sum(found.losses[row.name] for row in rows)
+        table.add_row(
+            template,
+            str(rows[0].role),
+            f"{len(ranks):,}",
+            _choices(rows),
+            f"{sum(ranks) / len(ranks):.1f}" if any(ranks) else "0",
+            f"{nbytes:,}",
+            f"{8 * nbytes / parameters:.3f}",
+            f"{loss / allocation.loss:.1%}" if allocation.loss else "0",
+        )
+    out.print(table)
+    say(
+        f"compressed: {plan.parameters:,} weights in {plan.nbytes:,} bytes = {plan.bits_per_weight:.4f} bits a weight; "
+        f"files: {files:,} bytes"
+    )
+    gap = f"within {allocation.gap:.1e} of the best possible" if allocation.gap else "the best possible"
+    if plan.policy.endswith("structure sensitivities"):
+        say(f"the choice is {gap} under these sensitivities, whose unit is arbitrary")
+    else:
+        say(f"predicted divergence from the original: {allocation.loss:.4f} nats a token (to second order), {gap}")
+    if allocation.price:
+        step = plan.nbytes // 100
+        say(
+            f"the price of a byte: {allocation.price:.3g}; 1 % more of them ({size(step)}) would save about "
+            f"{allocation.price * step / allocation.loss:.1%} of the loss"
+        )
+    else:
+        say("the budget buys the best option everywhere", err)
+
+
+def _choices(rows: list[Row]) -> str:
+    """`3/64 ×20  4/32 ×12`: how many layers chose what."""
+    counts = Counter((row.encoding.bits, row.encoding.group_size) for row in rows)
+    return "  ".join(f"{b}/{g}" + (f" ×{n}" if len(rows) > 1 else "") for (b, g), n in sorted(counts.items()))
