@@ -92,7 +92,7 @@ class Bench:
         """Compress, count, compare, write."""
         with tempfile.TemporaryDirectory() as out:
             begin = time.perf_counter()
-            compress_checkpoint(self.source.checkpoint, self.source.inventory, plan, out, device=self.args.device)
+            compress_checkpoint(self.source.checkpoint, self.source.inventory, plan, out, devices=self.args.device)
             seconds = time.perf_counter() - begin
             size = measure_size(Path(out))
             assert size.compressed_bytes == plan.nbytes

@@ -105,7 +105,7 @@ def main() -> None:
             start = time.perf_counter()
             plan = plan_source(source, recipe)
             planned = time.perf_counter() - start
-            done = compress_checkpoint(source.checkpoint, source.inventory, plan, folder, device=args.device)
+            done = compress_checkpoint(source.checkpoint, source.inventory, plan, folder, devices=args.device)
             errors = [matrix["error"] for matrix in done.report["matrices"]]
             row = {"recipe": label, "policy": plan.policy, "plan_s": planned, "solve_s": done.seconds}
             row |= {"mean_error": sum(errors) / len(errors), "plan_bytes": plan.nbytes}

@@ -19,6 +19,8 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from milo.checkpoint.compressed import CompressedCheckpoint
 from milo.integrations.transformers.source import open_source
@@ -164,20 +166,42 @@ def tiny_mixtral(folder: Path, shards: int = 1, seed: int = 0, **sizes: int) -> 
     return write_checkpoint(folder, random_tensors(shapes, seed=seed), config, shards)
 
 
+def word_tokenizer(folder: Path) -> None:
+    """Give a model folder a tokenizer of the words `w1` to `w199`."""
+    words = {"[UNK]": 0, **{f"w{i}": i for i in range(1, 200)}}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="[UNK]", eos_token="w199").save_pretrained(folder)
+
+
 def compress(
     folder: Path,
     out: Path,
     recipe: str = "milo-s1",
     max_shard_size: int = 5_000_000_000,
     overwrite: bool = False,
+    restart: bool = False,
+    workers: int | None = None,
+    devices: str | Sequence[str] = "cpu",
+    ray: bool = False,
     **knobs: Any,
 ) -> Plan:
     """The whole pipeline on a folder; returns the plan it carried out."""
     source = open_source(str(folder))
     plan = plan_source(source, custom_recipe(recipe, source.checkpoint.config, **knobs))
     compress_checkpoint(
-        source.checkpoint, source.inventory, plan, out, max_shard_size=max_shard_size, overwrite=overwrite
+        source.checkpoint,
+        source.inventory,
+        plan,
+        out,
+        max_shard_size=max_shard_size,
+        overwrite=overwrite,
+        restart=restart,
+        workers=workers,
+        devices=devices,
+        ray=ray,
     )
+
     return plan
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+import browser
 import builders
 from milo.checkpoint.compressed import CompressedCheckpoint
 
@@ -34,3 +36,10 @@ def trained_mixtral() -> Path:
     if not folder.is_dir():
         pytest.skip("needs ../shared/models/mixtral-29m")
     return folder
+
+
+@pytest.fixture(scope="session")
+def chromium() -> Iterator[browser.Browser]:
+    """A headless browser, where there is one."""
+    with browser.Browser(browser.find()) as found:
+        yield found

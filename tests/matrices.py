@@ -6,6 +6,7 @@ import torch
 
 from milo.format.codes import pack_words, word_count
 from milo.format.matrix import Encoding
+from milo.solve.grid import Grid, grid_tensors, round_scale, round_zero
 
 
 def random_matrix(
@@ -25,11 +26,12 @@ def random_matrix(
 
     groups = encoding.groups(k)
     middle = 2 ** (encoding.bits - 1)
-    tensors = {
-        "weight_packed": words(n, k, encoding.bits),
-        "weight_scale": uniform(n, groups).mul_(0.4 / k**0.5).half(),
-        "weight_zero": uniform(n, groups, low=middle - 1.5, high=middle + 0.5).half(),
-    }
+    scale = uniform(n, groups).mul_(0.4 * 2 ** (3 - encoding.bits) / k**0.5)
+    zero = uniform(n, groups, low=middle - 1.5, high=middle + 0.5)
+    grid = Grid(round_scale(scale, encoding), round_zero(zero, encoding))
+    tensors = {"weight_packed": words(n, k, encoding.plane_bits), **grid_tensors(grid, encoding)}
+    if encoding.planes == 2:
+        tensors["weight_packed_hi"] = words(n, k, encoding.plane_bits)
     if rank:
         for name, length, size in (("lowrank_u", n, 0.4 / rank**0.5), ("lowrank_v", k, 0.4 / k**0.5)):
             sign = torch.randint(0, 2, (rank, -(-length // 64)), generator=generator, device=generator.device) * 2 - 1

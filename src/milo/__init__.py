@@ -12,5 +12,14 @@ from milo.errors import MiloError
 from milo.integrations.plain import load_compressed
 from milo.integrations.transformers.memory import compress_model, save_compressed
 from milo.integrations.transformers.quantizer import MiloConfig
+from milo.modules.packed import use_kernels
 
-__all__ = ["MiloConfig", "MiloError", "__version__", "compress_model", "load_compressed", "save_compressed"]
+__all__ = [
+    "MiloConfig",
+    "MiloError",
+    "__version__",
+    "compress_model",
+    "load_compressed",
+    "save_compressed",
+    "use_kernels",
+]

@@ -29,3 +29,11 @@ class FormatError(MiloError):
 
 class WeightError(MiloError):
     """A weight holds values that cannot be compressed (NaN or Inf)."""
+
+
+class HubError(MiloError):
+    """A model hub refused what was asked of it, or cannot be reached."""
+
+
+class DeviceError(MiloError):
+    """A device that was asked for is absent, has too little memory, or its worker died."""

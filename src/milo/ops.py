@@ -76,6 +76,8 @@ def moe_ffn(
         raise ValueError(f"activation is one of {', '.join(packed_reference.ACTIVATIONS)}, not {activation!r}")
     if gate_up.parts != 2 or down.parts != 1 or gate_up.codes.shape[0] != down.codes.shape[0]:
         raise ValueError("gate_up has two parts, down one, and both hold the same experts")
+    if gate_up.planes != 1 or down.planes != 1:
+        raise ValueError("experts have codes of 3 or 4 bits; wider ones go through linear")
     if x.dim() != 2 or x.shape[1] != gate_up.in_features or down.in_features != gate_up.out_features:
         raise ValueError(f"x {tuple(x.shape)}, gate_up and down do not fit together")
     if topk_ids.shape != topk_weights.shape or topk_ids.shape[:1] != x.shape[:1] or topk_ids.dim() != 2:

@@ -23,14 +23,14 @@ CHILD = f"""
 import sys, time
 from pathlib import Path
 import builders
-from milo.pipeline import compress
-solve = compress.solve_piece
+from milo.pipeline import job
+solve = job.solve_piece
 def slow(*args):
     sys.stdout.write("solving\\n")
     sys.stdout.flush()
     time.sleep(0.2)
     return solve(*args)
-compress.solve_piece = slow
+job.solve_piece = slow
 builders.compress(Path(sys.argv[1]), Path(sys.argv[2]), **{KNOBS!r})
 print("done", flush=True)
 """

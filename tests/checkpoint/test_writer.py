@@ -16,8 +16,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
+from milo.checkpoint.layout import lay_out
 from milo.checkpoint.source import INDEX, SINGLE, Checkpoint, read_header, read_metadata
-from milo.checkpoint.writer import UNFINISHED, FolderWriter, lay_out, write_atomically
+from milo.checkpoint.writer import UNFINISHED, FolderWriter, check_output, write_atomically
 from milo.errors import CheckpointError
 from milo.format.matrix import DTYPE_BYTES, TensorSpec
 
@@ -38,10 +39,30 @@ SPECS = {name: TensorSpec(DTYPES[t.dtype], tuple(t.shape)) for name, t in TENSOR
 UNITS = [[(n, s) for n, s in SPECS.items() if n.startswith("a.")], *([(n, s)] for n, s in SPECS.items() if n[0] > "a")]
 
 
+def opened(folder: Path, units: Any = UNITS, max_shard_size: int = 10**9, overwrite: bool = False) -> FolderWriter:
+    """A writer of an empty folder, marked as unfinished: what a run does before its first item."""
+    check_output(folder, overwrite)
+    writer = FolderWriter(folder, lay_out(units, max_shard_size, {"key": "value"}))
+    writer.check_space(keep=False)
+    (folder / UNFINISHED).write_text("")
+    writer.clear(keep=False)
+    writer.allocate()
+    return writer
+
+
+def put(writer: FolderWriter, name: str, tensor: torch.Tensor, first_row: int = 0) -> None:
+    """Write and count, as a run does."""
+    written = writer.place.write(name, tensor, first_row)
+    assert bytes(written) == b"".join(writer.place.stored(name, first_row, len(written)))
+    shard = writer.count(name, len(written))
+    if shard is not None:
+        writer.complete(shard)
+
+
 def write_all(folder: Path, max_shard_size: int = 10**9, **options: Any) -> FolderWriter:
-    writer = FolderWriter(folder, lay_out(UNITS, max_shard_size, {"key": "value"}), **options)
+    writer = opened(folder, max_shard_size=max_shard_size, **options)
     for name, tensor in TENSORS.items():
-        writer.write(name, tensor)
+        put(writer, name, tensor)
     return writer
 
 
@@ -112,18 +133,22 @@ def test_the_layout_keeps_units_together_wastes_nothing_and_aligns(
 
 def test_rows_of_a_stack_may_come_in_any_order(tmp_path: Path) -> None:
     stack = torch.arange(24, dtype=torch.int32).reshape(4, 3, 2)
-    writer = FolderWriter(tmp_path / "out", lay_out([[("s", TensorSpec("I32", (4, 3, 2)))]], 10**9, {}))
-    writer.write("s", stack[2:], first_row=2)
+    writer = opened(tmp_path / "out", [[("s", TensorSpec("I32", (4, 3, 2)))]])
+    put(writer, "s", stack[2:], first_row=2)
     assert not (tmp_path / "out" / SINGLE).exists()
-    writer.write("s", stack[:2])
+    put(writer, "s", stack[:2])
     assert torch.equal(load_file(tmp_path / "out" / SINGLE)["s"], stack)
 
 
-def test_bytes_are_copied_in_chunks(tmp_path: Path) -> None:
+def test_bytes_are_copied_in_chunks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("milo.checkpoint.writer._CHUNK", 5)
     save_file(TENSORS, tmp_path / "source.safetensors")
-    writer = FolderWriter(tmp_path / "out", lay_out(UNITS, 60, {}))
+    writer = opened(tmp_path / "out", max_shard_size=60)
     for info in read_header(tmp_path / "source.safetensors"):
-        writer.copy(info.name, info.file, info.begin, info.end, chunk=5)
+        chunks = list(writer.place.copy(info.name, info.file, info.begin, info.end))
+        assert all(len(chunk) <= 5 for chunk in chunks)
+        if shard := writer.count(info.name, sum(map(len, chunks))):
+            writer.complete(shard)
     writer.finish({}, {})
     checkpoint = Checkpoint(tmp_path / "out")
     assert all(torch.equal(checkpoint.read(name), tensor) for name, tensor in TENSORS.items())
@@ -131,18 +156,17 @@ def test_bytes_are_copied_in_chunks(tmp_path: Path) -> None:
 
 def test_a_shard_has_its_name_only_when_it_is_complete_and_config_comes_last(tmp_path: Path) -> None:
     out = tmp_path / "out"
-    writer = FolderWriter(out, lay_out(UNITS, 1, {}))
-    assert (out / UNFINISHED).exists()
+    writer = opened(out, max_shard_size=1)
     first, *others = TENSORS
     for name in others:
-        writer.write(name, TENSORS[name])
+        put(writer, name, TENSORS[name])
     shard = writer.shards[0].file
     assert (out / (shard + ".part")).exists()
     assert not (out / shard).exists()
-    with pytest.raises(ValueError, match=rf"1 tensors were never written, e.g. {first}"):
+    with pytest.raises(ValueError, match=rf"1 shards were never finished, e.g. {shard}"):
         writer.finish({}, {})
     assert not (out / "config.json").exists()
-    writer.write(first, TENSORS[first])
+    put(writer, first, TENSORS[first])
     assert (out / shard).exists()
     assert not (out / "config.json").exists()
     writer.finish({}, {})
@@ -153,12 +177,16 @@ def test_a_shard_has_its_name_only_when_it_is_complete_and_config_comes_last(tmp
 
 @pytest.mark.parametrize(
     ("name", "tensor"),
-    [("a.weight_scale", torch.zeros(4, 1)), ("a.weight_packed", torch.zeros(4, 4, dtype=torch.int32))],
+    [
+        ("a.weight_scale", torch.zeros(4, 1)),
+        ("a.weight_packed", torch.zeros(4, 4, dtype=torch.int32)),
+        ("a.weight_packed", torch.zeros(5, 3, dtype=torch.int32)),  # it would run into its neighbour
+    ],
 )
 def test_a_tensor_that_is_not_what_was_laid_out_is_a_bug(name: str, tensor: torch.Tensor, tmp_path: Path) -> None:
-    writer = FolderWriter(tmp_path / "out", lay_out(UNITS, 10**9, {}))
+    writer = opened(tmp_path / "out")
     with pytest.raises(ValueError, match=rf"{name}: .* is not what was laid out"):
-        writer.write(name, tensor)
+        writer.place.write(name, tensor)
 
 
 def test_a_folder_that_holds_something_is_refused_and_stays_as_it_was(tmp_path: Path) -> None:
@@ -179,17 +207,63 @@ def test_overwrite_replaces_weights_index_and_config_and_nothing_else(tmp_path: 
     assert Checkpoint(out).config == {"new": True}
 
 
-def test_leftovers_of_an_unfinished_run_are_cleared_away_without_asking(tmp_path: Path) -> None:
+def test_leftovers_of_another_layout_are_cleared_away(tmp_path: Path) -> None:
     out = tmp_path / "out"
-    writer = FolderWriter(out, lay_out(UNITS, 1, {}))
+    writer = opened(out, max_shard_size=1)
     for name in list(TENSORS)[1:4]:
-        writer.write(name, TENSORS[name])
-    writer.close()
-    writer.close()  # twice is fine
+        put(writer, name, TENSORS[name])
     assert list(out.glob("*.safetensors"))
     assert list(out.glob("*.part"))
     write_all(out).finish({}, {})
     assert {p.name for p in out.iterdir()} == {SINGLE, "config.json"}
+
+
+def continued(out: Path) -> FolderWriter:
+    """A second writer over the same folder that was told of everything but `b.codes`."""
+    writer = FolderWriter(out, lay_out(UNITS, 30, {"key": "value"}))
+    writer.check_space(keep=True)
+    writer.clear(keep=True)
+    for name in TENSORS:
+        if name != "b.codes":
+            writer.count(name, SPECS[name].nbytes)
+    writer.allocate()
+    return writer
+
+
+@pytest.mark.parametrize("harm", ["nothing", "named too early", "a shard is gone", "cut", "grown", "header"])
+def test_what_lies_in_the_folder_is_kept_and_brought_into_shape(harm: str, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    write_all(out, max_shard_size=30)
+    shard = next(s for s in lay_out(UNITS, 30, {"key": "value"}) if "b.codes" in s.specs)
+    path = out / shard.file
+    data = path.read_bytes()
+    if harm == "nothing":
+        path.rename(path.with_name(path.name + ".part"))
+    elif harm == "a shard is gone":
+        path.unlink()
+    elif harm != "named too early":
+        path.write_bytes({"cut": data[:-3], "grown": data + b"tail", "header": b"\0" * 8 + data[8:]}[harm])
+    writer = continued(out)
+    assert not path.exists()
+    for name in shard.specs if harm in ("a shard is gone", "cut") else ("b.codes",):
+        writer.place.write(name, TENSORS[name])
+    whole = writer.count("b.codes", SPECS["b.codes"].nbytes)
+    assert whole == shard
+    writer.complete(whole)
+    assert path.read_bytes() == data
+    writer.finish({}, {})
+    assert all(torch.equal(Checkpoint(out).read(name), tensor) for name, tensor in TENSORS.items())
+
+
+def test_room_that_is_taken_already_is_not_asked_for_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "out"
+    big = [[("x", TensorSpec("U8", (1 << 20,)))]]
+    writer = opened(out, big)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(1 << 21, 1 << 21, 4096))
+    writer.check_space(keep=True)
+    writer.check_space(keep=False)  # its own leftovers will be removed
+    with pytest.raises(CheckpointError, match="4,096 free"):
+        FolderWriter(tmp_path / "other", lay_out(big, 10**9, {})).check_space(keep=True)
 
 
 def test_a_run_that_dies_while_it_writes_config_can_be_repeated(
@@ -220,34 +294,21 @@ def test_a_disk_that_is_too_small_is_known_before_the_first_tensor(
     assert not list((tmp_path / "out").iterdir())
 
 
-class FullDisk:
-    """A stream that takes a number of bytes and then reports a full disk."""
-
-    def __init__(self, stream: Any, room: int) -> None:
-        self.stream, self.room = stream, room
-
-    def write(self, data: Any) -> int:
-        self.room -= len(data)
-        if self.room < 0:
-            raise OSError(errno.ENOSPC, "No space left on device")
-        return self.stream.write(data)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.stream, name)
-
-
-@pytest.fixture(params=["posix_fallocate", "write", "fsync"])
+@pytest.fixture(params=["posix_fallocate", "pwrite", "fsync"])
 def full_disk(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """A disk that fills up when the file is allocated, while tensors are written, or when they are flushed."""
+    real, room = getattr(os, request.param), 20 if request.param == "pwrite" else 0
 
-    def full(*args: Any) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
+    def full(file: int, data: Any = b"", *args: Any) -> int:
+        nonlocal room
+        if request.param == "pwrite" and bytes(data[8:9]) == b"{":  # a header
+            return real(file, data, *args)
+        room -= len(data) if request.param == "pwrite" else 1
+        if room < 0:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return real(file, data, *args)
 
-    if request.param == "write":
-        opened = FolderWriter._stream
-        monkeypatch.setattr(FolderWriter, "_stream", lambda self, shard: FullDisk(opened(self, shard), 20))
-    else:
-        monkeypatch.setattr(os, request.param, full)
+    monkeypatch.setattr(os, request.param, full)
     with monkeypatch.context():
         yield
 

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from typer.testing import CliRunner
 
+import builders
 import zoo
+from milo.cli.app import app
+from task_files import write_task_files
 
 MILO = [sys.executable, "-m", "milo.cli.app"]
 
@@ -36,10 +40,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny Mixtral with a word tokenizer."""
     folder = tmp_path_factory.mktemp("cli") / "tiny"
     zoo.tiny_model("mixtral").save_pretrained(folder)
-    words = {"[UNK]": 0, **{f"w{i}": i for i in range(1, 200)}}
-    tokenizer = Tokenizer(models.WordLevel(words, unk_token="[UNK]"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="[UNK]").save_pretrained(folder)
+    builders.word_tokenizer(folder)
     return folder
 
 
@@ -53,12 +54,16 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def compressed(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("cli") / "out"
-    milo("quantize", model, "-o", out, "--ranks", "dense:4+kurtosis:2", "--rounds", "2")
+    done = milo("quantize", model, "-o", out, "--ranks", "dense:4+kurtosis:2", "--rounds", "2", "--workers", "1")
+    assert re.search(r"about \d+ s on 1 CPU threads, .* of memory", done.stderr)
+    assert re.search(r"out: .* in .* s, .*peak memory .*\npredicted: \d+\.\d s, .*iB\n", done.stdout)
     return out
 
 
 def test_plan_and_files_agree_to_the_byte(model: Path, compressed: Path) -> None:
     plan = json.loads(milo("plan", model, "--ranks", "dense:4+kurtosis:2", "--rounds", "2", "--json").stdout)
+    assert plan["prediction"]["seconds"] > 0
+    assert plan["prediction"]["host_bytes"] > plan["peak_bytes"] > 0
     files = sum(path.stat().st_size for path in compressed.glob("*.safetensors"))
     assert plan["files_bytes"] == files
     inspected = json.loads(milo("inspect", compressed, "--json").stdout)
@@ -68,10 +73,17 @@ def test_plan_and_files_agree_to_the_byte(model: Path, compressed: Path) -> None
     assert all(0 < role["mean_error"] < 0.5 for role in inspected["roles"])
 
 
+def test_the_report_keeps_the_command(model: Path, compressed: Path) -> None:
+    report = json.loads((compressed / "milo_report.json").read_text())
+    options = "--ranks dense:4+kurtosis:2 --rounds 2 --workers 1"
+    assert report["command"] == f"milo quantize {model} -o {compressed} {options}"
+
+
 def test_plan_prints_a_table_that_names_every_kind_of_matrix(model: Path) -> None:
-    shown = milo("plan", model, "--recipe", "hqq").stdout
+    shown = milo("plan", model, "--recipe", "hqq", "--no-predict").stdout
     assert "model.layers.#.block_sparse_moe.experts.*.w1" in shown
     assert "bits a weight" in shown
+    assert "on this machine" not in shown
 
 
 def test_eval_measures_against_the_recorded_source(model: Path, compressed: Path, text: Path) -> None:
@@ -79,12 +91,30 @@ def test_eval_measures_against_the_recorded_source(model: Path, compressed: Path
     found = json.loads(milo("eval", compressed, *args).stdout)
     assert found["original"] == str(model)
     assert found["divergence"]["kl"] > 0
+    assert len(found["divergence"]["routing"]) == 2
     assert found["contiguous"]["ppl"] > 1
     assert found["sliding"]["stride"] == 16
     itself = json.loads(milo("eval", model, *args).stdout)
     assert itself["divergence"] is None
     assert itself["size"]["bits_per_weight"] is None
-    assert "perplexity" in milo("eval", compressed, "--text", text, "--window", "64").stdout
+    shown = milo("eval", compressed, "--text", text, "--window", "64").stdout
+    assert "perplexity" in shown
+    assert "same 2 experts, worst layer (model.layers." in shown
+
+
+def test_eval_runs_tasks_on_a_model_and_its_original(model: Path, compressed: Path, tmp_path: Path) -> None:
+    args = ("--tasks", "lambada,arc", "--task-dir", write_task_files(tmp_path), "--limit", "2")
+    found = json.loads(milo("eval", compressed, *args, "--json").stdout)
+    assert found["contiguous"] is None
+    assert found["size"]["bits_per_weight"] < 16
+    tasks = found["tasks"]
+    assert (tasks["model"], tasks["original"], tasks["limit"]) == (str(compressed), str(model), 2)
+    rows = {(row["task"], row["metric"]): row for row in tasks["results"]}
+    assert rows["lambada_openai", "perplexity"]["difference"] != 0
+    assert [key for key, row in rows.items() if row["in_paper"]] == [("lambada_openai", "acc")]
+    shown = milo("eval", compressed, *args).stdout
+    assert re.search(r"lambada_openai │ acc \* +│ +0 │ +2 │ +0\.\d{4} ± 0\.\d{4} │", shown), shown
+    assert "by lm-eval" in shown
 
 
 def test_profile_feeds_the_frequency_policy(model: Path, text: Path, tmp_path: Path) -> None:
@@ -105,6 +135,10 @@ def test_generate_continues_a_prompt(compressed: Path) -> None:
     assert len(shown.split()) >= 4
 
 
+def test_version() -> None:
+    assert milo("--version").stdout.strip() == f"milo {version('milo-moe')}"
+
+
 def test_doctor_names_the_kernel_that_runs() -> None:
     found = json.loads(milo("doctor", "--json").stdout)
     assert found["quantizer_registered"]
@@ -123,6 +157,7 @@ def test_doctor_names_the_kernel_that_runs() -> None:
         (("inspect", "{model}"), "not compressed with MiLo"),
         (("quantize", "{model}", "-o", "{model}"), "the source itself"),
         (("quantize", "{model}", "-o", "{model}/.."), "not empty"),
+        (("quantize", "{model}", "-o", "nowhere", "--devices", "cuda:77"), "cuda:77 is not there"),
         (("eval", "{model}", "--text", "nowhere.txt"), "nowhere.txt"),
     ],
 )
@@ -132,16 +167,27 @@ def test_mistakes_get_one_clear_line(model: Path, args: tuple[str, ...], words: 
     assert failed.stderr.strip().startswith("error: ")
 
 
-def test_ctrl_c_leaves_nothing_that_looks_finished(model: Path, tmp_path: Path) -> None:
+def test_options_of_tasks_need_tasks() -> None:
+    used = CliRunner().invoke(app, ["eval", "somewhere", "--limit", "3"])
+    assert used.exit_code == 2
+    assert "name some with --tasks" in " ".join(used.stderr.replace("│", " ").split())
+
+
+def test_ctrl_c_leaves_nothing_that_looks_finished_and_its_command_goes_on(model: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     command = [*MILO, "quantize", str(model), "-o", str(out), "--ranks", "uniform:8", "--rounds", "100000"]
     running = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=_environment())
     deadline = time.monotonic() + 120
-    while not (out / "milo_unfinished.json").exists() and time.monotonic() < deadline:
+    while not (out / "milo_journal.jsonl").exists() and time.monotonic() < deadline:
         time.sleep(0.1)
     running.send_signal(signal.SIGINT)
     _, errors = running.communicate(timeout=60)
     assert running.returncode == 130, errors
     assert "Traceback" not in errors
     assert not (out / "config.json").exists()
+    assert "run again goes on where it stopped" in errors
     assert "unfinished" in milo("inspect", out, code=1).stderr
+    other = ("quantize", model, "-o", out, "--recipe", "rtn", "--no-predict")
+    assert "--restart to start over" in milo(*other, code=1).stderr
+    milo(*other, "--restart")
+    assert (out / "config.json").exists()

@@ -1,32 +1,15 @@
-"""A tiny random Mixtral: its figures mean nothing, which is what tests of definitions need."""
+"""Two random models and a text.
+
+Helpers are modules next to the test folders: `evaluate` as a package name belongs to a library that lm-eval needs.
+"""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from transformers import MixtralConfig, MixtralForCausalLM
+from transformers import MixtralForCausalLM
 
-VOCABULARY = 97
-
-
-def tiny_mixtral(seed: int, **overrides: object) -> MixtralForCausalLM:
-    """A two-layer Mixtral with weights large enough for its predictions to differ from uniform."""
-    config = MixtralConfig(
-        **{
-            "vocab_size": VOCABULARY,
-            "hidden_size": 64,
-            "intermediate_size": 64,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "num_local_experts": 4,
-            "max_position_embeddings": 64,
-            "initializer_range": 0.2,
-            **overrides,
-        }
-    )
-    torch.manual_seed(seed)
-    return MixtralForCausalLM(config).eval()
+from judged import VOCABULARY, tiny_mixtral
 
 
 @pytest.fixture(scope="session")

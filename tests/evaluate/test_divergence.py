@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from evaluate.conftest import tiny_mixtral
+from judged import tiny_mixtral
 from milo.errors import MiloError
 from milo.evaluate import divergence
 

@@ -9,11 +9,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from evaluate.conftest import tiny_mixtral
+from judged import tiny_mixtral
 from milo.errors import MiloError
 from milo.evaluate import load_text, perplexity, tokenize
 
-SHARED = Path("/work/shared")
+SHARED = Path(__file__).resolve().parents[3] / "shared"
 MIXTRAL_29M = SHARED / "models" / "mixtral-29m"
 WIKITEXT = SHARED / "data" / "wikitext2" / "wiki.test.hf_join.txt"
 

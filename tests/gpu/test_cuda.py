@@ -17,6 +17,7 @@ from milo.checkpoint.source import Checkpoint
 from milo.format.matrix import Encoding
 from milo.integrations.transformers.source import open_source
 from milo.kernels.reference import reconstruct
+from milo.modules.matrix import CompressedMatrix
 from milo.pipeline.compress import compress_checkpoint
 from milo.pipeline.planning import plan_source
 from milo.plan.recipe import custom_recipe
@@ -32,7 +33,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     zoo.tiny_model("mixtral").save_pretrained(root / "source")
     source = open_source(str(root / "source"))
     plan = plan_source(source, custom_recipe("milo-s1", source.checkpoint.config, ranks="dense:8+kurtosis:3", rounds=4))
-    compress_checkpoint(source.checkpoint, source.inventory, plan, root / "out", device="cuda")
+    compress_checkpoint(source.checkpoint, source.inventory, plan, root / "out", devices="cuda:0")
     return root / "source", root / "out"
 
 
@@ -67,6 +68,20 @@ def test_compressed_folder_runs_on_cuda(folders: tuple[Path, Path], device_map: 
         got, want = model(ids.cuda()).logits.float().cpu(), on_cpu(ids).logits
     assert ((got - want).norm() / want.norm()).item() < (0.01 if dtype is torch.float16 else 0.05)
     assert model.generate(ids.cuda(), max_new_tokens=4, do_sample=False).shape == (1, 28)
+    assert all(m.released for m in model.modules() if isinstance(m, CompressedMatrix))  # the kernels computed all of it
+
+
+def test_the_kernels_run_inside_a_compiled_model(folders: tuple[Path, Path]) -> None:
+    _, folder = folders
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float16, device_map="cuda")
+    ids = torch.arange(8, device="cuda")[None] % 100
+    with torch.no_grad():
+        want = model(ids, use_cache=False).logits
+        compiled = torch.compile(model, mode="reduce-overhead")
+        for _ in range(3):  # the third replays a graph
+            torch.compiler.cudagraph_mark_step_begin()
+            got = compiled(ids, use_cache=False).logits.clone()
+    assert ((got - want).float().norm() / want.float().norm()).item() < 0.01
 
 
 def test_save_from_cuda_is_bit_exact(folders: tuple[Path, Path], tmp_path: Path) -> None:

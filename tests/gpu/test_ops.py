@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from matrices import random_matrix
 from milo import ops
 from milo.format.matrix import Encoding
-from milo.kernels import decode, reference
+from milo.kernels import cutting, decode, reference
 
 pytestmark = [
     pytest.mark.gpu,
@@ -101,9 +101,9 @@ def test_moe_tokens(block: Block, dtype: torch.dtype, tokens: int) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("config", decode.CONFIGS)
+@pytest.mark.parametrize("config", cutting.CONFIGS)
 @pytest.mark.parametrize("tokens", [1, 5, 40])
-def test_moe_every_configuration(block: Block, dtype: torch.dtype, config: decode.Config, tokens: int) -> None:
+def test_moe_every_configuration(block: Block, dtype: torch.dtype, config: cutting.Config, tokens: int) -> None:
     x = torch.randn(tokens, 256, device="cuda", dtype=dtype)
     ids, weights = route(tokens, 8, 3, tokens)
     y = decode.moe_ffn(x, block.gate_up, block.down, ids, weights, "silu", None, config)
@@ -197,6 +197,28 @@ def test_linear(dtype: torch.dtype, rank: int, tokens: int) -> None:
     bias = torch.randn(shape[0], device="cuda", dtype=dtype)
     check(ops.linear(x, packed), x.double().cpu() @ weight.T)
     check(ops.linear(x, packed, bias), x.double().cpu() @ weight.T + bias.double().cpu())
+
+
+COMPACT = [Encoding(3, 64, 6, 6), Encoding(4, 32, 6, 8), Encoding(6, 64, 6, 8), Encoding(8, 32, 6, 8), Encoding(6, 128)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("encoding", COMPACT, ids=str)
+@pytest.mark.parametrize("tokens", [1, 8, 33, 130])
+def test_linear_with_compact_metadata_and_wide_codes(dtype: torch.dtype, encoding: Encoding, tokens: int) -> None:
+    shape = (416, 1152)
+    (matrix,), (weight,) = experts_of(shape, [17], encoding, 3)
+    packed = ops.repack([[{n: t.cuda() for n, t in matrix.items()}]], encoding, shape)
+    x = torch.randn(tokens, shape[1], device="cuda", dtype=dtype)
+    check(ops.linear(x, packed), x.double().cpu() @ weight.T)
+
+
+@pytest.mark.parametrize("tokens", [1, 20])
+def test_moe_with_compact_metadata(tokens: int) -> None:
+    made = Block(256, 224, [RANKS, RANKS, RANKS], Encoding(3, 64, 6, 6))
+    x = torch.randn(tokens, 256, device="cuda", dtype=torch.float16)
+    ids, weights = route(tokens, 8, 2)
+    check(ops.moe_ffn(x, made.gate_up, made.down, ids, weights), made.expected(x, ids, weights))
 
 
 def test_large_activations_keep_their_precision() -> None:

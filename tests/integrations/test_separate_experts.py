@@ -21,7 +21,7 @@ import zoo
 from milo.checkpoint.compressed import CompressedCheckpoint
 from milo.checkpoint.source import Checkpoint
 from milo.errors import FormatError, UnsupportedModelError
-from milo.integrations.transformers.routing import routing_counts
+from milo.integrations.transformers.routing import experts_blocks, routing_counts
 from milo.modules.matrix import CompressedLinear
 
 IDS = torch.arange(3, 23).reshape(2, 10)
@@ -205,3 +205,7 @@ def test_its_experts_are_counted_by_the_rows_they_receive(folders: tuple[Path, P
     counts = routing_counts(DeepseekForCausalLM.from_pretrained(folders[0]), IDS.flatten())
     assert counts.keys() == {f"model.layers.{i}.mlp.experts" for i in (1, 2)}
     assert all(sum(tally) == 2 * IDS.numel() for tally in counts.values())
+
+
+def test_which_token_went_where_is_not_seen(folders: tuple[Path, Path]) -> None:
+    assert experts_blocks(DeepseekForCausalLM.from_pretrained(folders[0])) == {}

@@ -8,7 +8,7 @@ import torch
 from matrices import random_matrix
 from milo import ops
 from milo.format.matrix import Encoding
-from milo.kernels import decode, reference
+from milo.kernels import cutting, decode, reference
 
 ENCODING = Encoding()
 
@@ -81,10 +81,10 @@ def test_support_says_why_not() -> None:
 @pytest.mark.parametrize("bits", [3, 4])
 @pytest.mark.parametrize("halves", [1, 2])
 def test_configurations_fit_into_shared_memory(bits: int, halves: int) -> None:
-    sm_90 = [decode.fit(c, bits, halves, 228 << 10) for c in decode.CONFIGS]
+    sm_90 = [cutting.fit(c, bits, halves, 228 << 10) for c in cutting.CONFIGS]
     assert None not in sm_90
     if (bits, halves) == (3, 1):
-        assert tuple(sm_90) == decode.CONFIGS
-    sm_80 = [c for c in decode.CONFIGS if decode.fit(c, bits, halves, 164 << 10)]
+        assert tuple(sm_90) == cutting.CONFIGS
+    sm_80 = [c for c in cutting.CONFIGS if cutting.fit(c, bits, halves, 164 << 10)]
     assert sm_80
-    assert decode.choose(500, 1000, 8, sm_80) == sm_80[-1]
+    assert cutting.choose(500, 1000, 8, sm_80) == sm_80[-1]

@@ -23,12 +23,13 @@ import builders
 import damage
 from milo.checkpoint.compressed import CompressedCheckpoint
 from milo.checkpoint.source import Checkpoint, read_header
-from milo.checkpoint.writer import UNFINISHED, FolderWriter
+from milo.checkpoint.writer import UNFINISHED, TensorWriter
 from milo.errors import CheckpointError, MiloError, WeightError
 from milo.format.matrix import DTYPE_BYTES, TensorSpec
 from milo.integrations.transformers.source import open_source
-from milo.pipeline import compress, work
-from milo.pipeline.compress import compress_checkpoint, lay_out_checkpoint
+from milo.pipeline import compress, job, work
+from milo.pipeline.compress import compress_checkpoint
+from milo.pipeline.layout import lay_out_checkpoint
 from milo.pipeline.planning import peak_bytes, plan_source
 from milo.plan.recipe import custom_recipe
 
@@ -94,15 +95,12 @@ def test_two_runs_give_the_same_files(mixtral_folder: Path, tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("workers", [1, 3])
-def test_any_number_of_cores_gives_the_same_files(
-    workers: int, mixtral_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_any_number_of_cores_gives_the_same_files(workers: int, mixtral_folder: Path, tmp_path: Path) -> None:
     builders.compress(mixtral_folder, tmp_path / "a", **KNOBS)
-    monkeypatch.setattr(compress, "worker_count", lambda device: workers)
     threads = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
-        builders.compress(mixtral_folder, tmp_path / "b", **KNOBS)
+        builders.compress(mixtral_folder, tmp_path / "b", workers=workers, **KNOBS)
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(threads)
@@ -270,16 +268,15 @@ def test_a_full_disk_is_explained_and_the_same_command_finishes_later(
         if where == "allocating":
             patch.setattr("os.posix_fallocate", full)
         elif where == "writing":
-            write = FolderWriter.write
-            put = FolderWriter._stream
+            write, put = TensorWriter.write, TensorWriter._put
 
-            def fail_late(self: FolderWriter, name: str, tensor: torch.Tensor, first_row: int = 0) -> None:
+            def fail_late(self: TensorWriter, name: str, tensor: torch.Tensor, first_row: int = 0) -> memoryview:
                 if name.startswith("model.layers.1.self_attn.v_proj"):
-                    patch.setattr(FolderWriter, "_stream", full)
-                write(self, name, tensor, first_row)
+                    patch.setattr(TensorWriter, "_put", full)
+                return write(self, name, tensor, first_row)
 
-            patch.setattr(FolderWriter, "write", fail_late)
-            assert FolderWriter._stream is put
+            patch.setattr(TensorWriter, "write", fail_late)
+            assert TensorWriter._put is put
         elif where == "side files":
             patch.setattr(compress.shutil, "copyfile", full)
         else:
@@ -298,7 +295,7 @@ def test_ctrl_c_leaves_an_unfinished_folder_and_closes_its_files(
     mixtral_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "out"
-    solve, calls = compress.solve_piece, []
+    solve, calls = job.solve_piece, []
 
     def interrupted(*args: Any) -> Any:
         calls.append(1)
@@ -307,7 +304,7 @@ def test_ctrl_c_leaves_an_unfinished_folder_and_closes_its_files(
         return solve(*args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(compress, "solve_piece", interrupted)
+        patch.setattr(job, "solve_piece", interrupted)
         with pytest.raises(KeyboardInterrupt):
             builders.compress(mixtral_folder, out, **KNOBS)
     with pytest.raises(CheckpointError, match="unfinished"):

@@ -28,9 +28,7 @@ CHILD = """
 import sys
 from pathlib import Path
 import builders
-from milo.pipeline import compress
-compress.worker_count = lambda device: 2
-builders.compress(Path(sys.argv[1]), Path(sys.argv[2]), "rtn")
+builders.compress(Path(sys.argv[1]), Path(sys.argv[2]), "rtn", workers=2)
 print(Path("/proc/self/status").read_text())
 """
 

@@ -28,8 +28,8 @@ def plain_errors(weight: torch.Tensor, rank: int, rounds: int) -> list[float]:
     for _ in range(rounds):
         grid = hqq(weight - product, ENCODING)
         residual = weight - decode(encode(weight - product, grid, ENCODING), grid, ENCODING)
-        fit = fit_lowrank(residual, rank, basis)
-        product, basis = fit.u @ fit.v, fit.basis
+        fit = fit_lowrank(residual, torch.tensor([rank]), rank, basis)
+        product, basis = fit.left @ fit.right, fit.basis
         errors.append((residual - product).norm().item())
     return errors
 
@@ -58,7 +58,7 @@ def test_the_plain_loop_stops_by_the_papers_rule_and_keeps_the_best_round(shape:
 def test_the_kept_error_is_that_of_the_kept_codes_and_factors(dither: float) -> None:
     weight = normal(2, 96, 128)
     found = alternate(weight, [8, 5], hqq, ENCODING, 9, dither=dither)
-    rebuilt = decode(found.codes, found.grid, ENCODING) + found.u @ found.v
+    rebuilt = decode(found.codes, found.grid, ENCODING) + found.fit.left @ found.fit.right
     torch.testing.assert_close((weight - rebuilt).norm(dim=(1, 2)).double(), found.error, rtol=1e-4, atol=0)
 
 
@@ -115,9 +115,9 @@ def test_a_matrix_that_has_settled_does_not_hold_up_or_end_the_others() -> None:
 def test_factors_beyond_a_members_own_rank_are_zero() -> None:
     found = alternate(normal(3, 64, 96), [2, 5, 3], hqq, ENCODING, 4)
     for member, rank in enumerate([2, 5, 3]):
-        assert found.u[member, :, :rank].abs().sum(0).min() > 0
-        assert not found.u[member, :, rank:].any()
-        assert not found.v[member, rank:].any()
+        assert found.fit.left[member, :, :rank].abs().sum(0).min() > 0
+        assert not found.fit.left[member, :, rank:].any()
+        assert not found.fit.right[member, rank:].any()
 
 
 def settled(*errors: float) -> bool:

@@ -37,7 +37,8 @@ def compensated(weight: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Te
         return half_quadratic(target, minmax_grid(target, e), e)
 
     best = alternate(weight[None], [rank], search, encoding, 3)
-    return weight - decode(best.codes, best.grid, encoding)[0], best.u[0], best.v[0]
+    u, v = best.fit.factors()
+    return weight - decode(best.codes, best.grid, encoding)[0], u[0], v[0]
 
 
 def check_added_error(weight: torch.Tensor, rank: int) -> None:

@@ -11,7 +11,7 @@ import torch
 
 from milo.checkpoint.inventory import Kind
 from milo.checkpoint.source import Checkpoint, load_json, read_metadata
-from milo.checkpoint.writer import UNFINISHED
+from milo.checkpoint.writer import EVALUATION, UNFINISHED
 from milo.errors import CheckpointError, FormatError
 from milo.format.matrix import TensorSpec
 from milo.kernels.reference import reconstruct
@@ -74,6 +74,17 @@ class CompressedCheckpoint(Checkpoint):
     def report(self) -> dict[str, Any]:
         """`milo_report.json`."""
         return load_json(self.folder / REPORT)
+
+    @property
+    def has_report(self) -> bool:
+        """Whether there is one: a folder that another program saved again has lost it."""
+        return (self.folder / REPORT).exists()
+
+    @cached_property
+    def evaluation(self) -> dict[str, Any] | None:
+        """`milo_eval.json`, or None where nothing was measured and saved."""
+        path = self.folder / EVALUATION
+        return load_json(path) if path.exists() else None
 
     def matrix(self, row: Row, member: int) -> dict[str, torch.Tensor]:
         """The stored tensors of one matrix, by suffix (`weight_packed`, ...), cut out of a stack if need be."""

@@ -10,7 +10,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from milo.errors import CheckpointError
 
 # Weights in safetensors, configs, tokenizers, modelling code; not the same weights a second time as pickles.
-_WANTED = ["*.safetensors", "*.json", "*.txt", "*.model", "*.py", "*.jinja", "LICENSE*", "*.tiktoken"]
+_WANTED = ["*.safetensors", "*.json", "*.txt", "*.model", "*.py", "*.jinja", "LICENSE*", "README.md", "*.tiktoken"]
 
 
 def find_model(model: str) -> Path:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
@@ -24,6 +24,11 @@ from milo.errors import CheckpointError
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+TORCH_DTYPES: Mapping[str, torch.dtype] = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
+    "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+}  # fmt: skip
 FLOAT_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1}
 _MAX_HEADER = 100_000_000  # bytes; the safetensors limit
 _SCALE_SUFFIX = "_scale_inv"
@@ -91,30 +96,71 @@ class Checkpoint:
                 tensor = shard.get_tensor(name)
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"cannot read {name} from {info.file}: {error}") from error
-        if info.dtype == "F8_E4M3":
-            return self._scaled(tensor, name)
-        return tensor
+        scales = self.block_scales(name)
+        return tensor if scales is None else multiply_out(tensor, scales, self.scale_block)
+
+    def read_into(self, name: str, out: torch.Tensor, first_row: int = 0) -> None:
+        """Stored bytes of a tensor, or of some of its rows, straight from the file into `out`.
+
+        Nothing is mapped and nothing is allocated, so `out` may be pinned memory and a reader thread can fill it
+        while other threads compute (the read holds no Python lock).
+
+        Args:
+            name: the tensor.
+            out: contiguous CPU tensor of the stored dtype; `[rows, ...]` unless it is the whole tensor.
+            first_row: index of the first row wanted.
+
+        Raises:
+            CheckpointError: the tensor is absent, or the file is unreadable or shorter than its header promised.
+            ValueError: `out` asks for other bytes than the tensor has, which would be a bug.
+        """
+        info = self._info(name)
+        row = info.nbytes // info.shape[0] if info.shape and info.shape[0] else info.nbytes
+        begin = info.begin + first_row * row
+        if out.dtype != TORCH_DTYPES[info.dtype] or begin + out.nbytes > info.end:
+            raise ValueError(f"{name}: {out.dtype} {tuple(out.shape)} is not what {info} holds")
+        left = out.view(-1).view(torch.uint8).numpy().data
+        try:
+            with info.file.open("rb", buffering=0) as stream:
+                stream.seek(begin)
+                while left:
+                    got = stream.readinto(left)
+                    if not got:
+                        raise OSError("the file ends before the tensor does")
+                    left = left[got:]
+        except OSError as error:
+            raise CheckpointError(f"cannot read {name} from {info.file}: {error}") from error
 
     def is_block_scale(self, name: str) -> bool:
         """Whether `name` holds the block scales of an FP8 weight, which `read` of that weight consumes."""
         owner = self.tensors.get(name.removesuffix(_SCALE_SUFFIX))
         return name.endswith(_SCALE_SUFFIX) and owner is not None and owner.dtype == "F8_E4M3"
 
-    def _scaled(self, weight: torch.Tensor, name: str) -> torch.Tensor:
+    def block_scales(self, name: str) -> torch.Tensor | None:
+        """Block scales of an FP8 weight, float32; None for a tensor of any other dtype.
+
+        Raises:
+            CheckpointError: they are missing or do not fit the weight.
+        """
+        info = self._info(name)
+        if info.dtype != "F8_E4M3":
+            return None
         scale_name = name + _SCALE_SUFFIX
         if scale_name not in self.tensors:
             raise CheckpointError(f"{name} is FP8 but {scale_name} is missing, so its values are unknown")
-        scale = self.read(scale_name).float()
-        block = (self.config.get("quantization_config") or {}).get("weight_block_size") or [128, 128]
-        expected = tuple(-(-n // b) for n, b in zip(weight.shape[-2:], block, strict=True))
-        if tuple(scale.shape[-2:]) != expected:
+        scales = self.read(scale_name).float()
+        expected = tuple(-(-n // b) for n, b in zip(info.shape[-2:], self.scale_block, strict=True))
+        if tuple(scales.shape[-2:]) != expected:
             raise CheckpointError(
-                f"{scale_name} has shape {tuple(scale.shape)}, but {name} {tuple(weight.shape)} needs {expected} "
-                f"for blocks of {block}"
+                f"{scale_name} has shape {tuple(scales.shape)}, but {name} {info.shape} needs {expected} "
+                f"for blocks of {list(self.scale_block)}"
             )
-        for dim, (size, step) in enumerate(zip(weight.shape[-2:], block, strict=True), start=-2):
-            scale = scale.repeat_interleave(step, dim=dim).narrow(dim, 0, size)
-        return (weight.float() * scale).to(torch.bfloat16)
+        return scales
+
+    @property
+    def scale_block(self) -> Sequence[int]:
+        """Rows and columns of an FP8 weight that share a block scale."""
+        return (self.config.get("quantization_config") or {}).get("weight_block_size") or (128, 128)
 
     def _info(self, name: str) -> TensorInfo:
         try:
@@ -151,6 +197,13 @@ class Checkpoint:
         for name, file in self._weight_map.items():
             if name not in self.tensors or self.tensors[name].file.name != file:
                 raise CheckpointError(f"{INDEX} says {file} holds {name}, but it does not; download it again")
+
+
+def multiply_out(weight: torch.Tensor, scales: torch.Tensor, block: Sequence[int]) -> torch.Tensor:
+    """FP8 `weight [..., N, K]` times its block `scales`, as bfloat16 on the device of the weight."""
+    for dim, (size, step) in enumerate(zip(weight.shape[-2:], block, strict=True), start=-2):
+        scales = scales.repeat_interleave(step, dim=dim).narrow(dim, 0, size)
+    return (weight.float() * scales).to(torch.bfloat16)
 
 
 def read_header(file: Path) -> Iterator[TensorInfo]:

@@ -1,11 +1,12 @@
-"""Writing shards as their tensors are solved.
+"""Writing an output folder whose layout is known: tensors to their places, shards to their names, config last.
 
-safetensors' own `save_file` wants a whole shard in memory. Here every tensor's dtype and shape is known before the
-first one is computed (the plan is exact), so headers and offsets are written first, the file is allocated in full
-(a disk that is too small says so in the first second) and each tensor goes to its place as soon as it exists.
+Two roles. A `TensorWriter` puts bytes at their offsets; it holds no state, so every thread, process or machine that
+solves matrices has one. The `FolderWriter` belongs to the one process that runs the compression: it allocates the
+files in full (a disk that is too small says so in the first second), keeps count of what has been written, and gives
+a shard its name when its last byte is on disk.
 
-Nothing half-written looks finished: a shard carries a temporary name until its last byte is on disk, and
-`config.json`, without which no loader starts, is written last. `UNFINISHED` marks the folder until then.
+Nothing half-written looks finished: a shard carries a temporary name until then, `config.json`, without which no
+loader starts, is written last, and the journal (`UNFINISHED`) lies in the folder until that is done.
 """
 
 from __future__ import annotations
@@ -14,125 +15,193 @@ import errno
 import json
 import os
 import shutil
-import struct
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 
-from milo.checkpoint.source import INDEX, SINGLE
+from milo.checkpoint.layout import Shard
+from milo.checkpoint.source import INDEX, TORCH_DTYPES
 from milo.errors import CheckpointError
-from milo.format.matrix import DTYPE_BYTES, TensorSpec
 
-UNFINISHED = "milo_unfinished.json"
+UNFINISHED = "milo_journal.jsonl"  # see milo.pipeline.journal
+EVALUATION = "milo_eval.json"  # what `milo eval --save` measured; nothing but these weights makes it true
 _TEMPORARY = ".part"
-Unit = Sequence[tuple[str, TensorSpec]]  # tensors that must share a shard: those of one matrix
+_CHUNK = 1 << 24
+_DTYPE_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 
 
-@dataclass(frozen=True)
-class Shard:
-    """One output file: its header bytes, and the file offset of every tensor."""
-
-    file: str
-    header: bytes
-    offsets: Mapping[str, int]
-    specs: Mapping[str, TensorSpec]
-    nbytes: int
-
-
-def lay_out(units: Iterable[Unit], max_shard_size: int, metadata: Mapping[str, str]) -> list[Shard]:
-    """Distribute tensors over shards, in order, the tensors of a unit together.
+class TensorWriter:
+    """Puts tensors at their offsets in the shards of `folder`, which must have been allocated.
 
     Args:
-        units: groups of (name, spec).
-        max_shard_size: bytes of tensor data a shard may hold; a larger unit gets a shard of its own.
-        metadata: free-form strings for every header (`format: pt` is added, which loaders ask for).
-    """
-    filled: list[list[tuple[str, TensorSpec]]] = [[]]
-    size = 0
-    for unit in units:
-        nbytes = sum(spec.nbytes for _, spec in unit)
-        if filled[-1] and size + nbytes > max_shard_size:
-            filled.append([])
-            size = 0
-        filled[-1].extend(unit)
-        size += nbytes
-    count = len(filled)
-    names = [SINGLE] if count == 1 else [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
-    return [_shard(name, tensors, metadata) for name, tensors in zip(names, filled, strict=True)]
-
-
-def _shard(file: str, tensors: Unit, metadata: Mapping[str, str]) -> Shard:
-    # Wide elements first, as safetensors itself orders them: then every tensor is aligned without padding.
-    ordered = sorted(tensors, key=lambda item: -DTYPE_BYTES[item[1].dtype])
-    entries: dict[str, Any] = {"__metadata__": {"format": "pt", **metadata}}
-    position = 0
-    for name, spec in ordered:
-        end = position + spec.nbytes
-        entries[name] = {"dtype": spec.dtype, "shape": list(spec.shape), "data_offsets": [position, end]}
-        position = end
-    text = json.dumps(entries, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    header = struct.pack("<Q", len(text)) + text
-    offsets = {name: len(header) + entries[name]["data_offsets"][0] for name, _ in ordered}
-    return Shard(file, header, offsets, dict(ordered), len(header) + position)
-
-
-class FolderWriter:
-    """Writes the shards of one output folder.
-
-    Args:
-        folder: created if needed; must be empty or hold an unfinished run's leftovers, which are removed.
+        folder: the output.
         shards: from `lay_out`.
-        overwrite: remove whatever safetensors, index and config the folder holds.
-
-    Raises:
-        CheckpointError: the folder holds something else, or the disk is too small.
     """
 
-    def __init__(self, folder: Path, shards: Sequence[Shard], overwrite: bool = False) -> None:
+    def __init__(self, folder: Path, shards: Sequence[Shard]) -> None:
         self.folder = folder
-        self.shards = list(shards)
-        self._shard_of = {name: shard for shard in shards for name in shard.specs}
-        self._left = {shard.file: set(shard.specs) for shard in shards}
-        self._written: dict[str, int] = {}
-        self._open: dict[str, BinaryIO] = {}
-        with explained(folder):
-            check_output(folder, overwrite)
-            folder.mkdir(parents=True, exist_ok=True)
-            _clear(folder)
-            needed, free = sum(shard.nbytes for shard in shards), shutil.disk_usage(folder).free
-            if needed > free:
-                raise CheckpointError(
-                    f"{folder} needs {needed:,} bytes but its disk has {free:,} free; free some or choose another disk"
-                )
-            (folder / UNFINISHED).write_text(json.dumps({"shards": [shard.file for shard in shards]}))
+        self.shard_of = {name: shard for shard in shards for name in shard.specs}
 
-    def write(self, name: str, tensor: torch.Tensor, first_row: int = 0) -> None:
+    def write(self, name: str, tensor: torch.Tensor, first_row: int = 0) -> memoryview:
         """Put a tensor (or consecutive rows of its first dimension) in its place.
+
+        Returns:
+            The bytes that were written.
 
         Raises:
             CheckpointError: the disk is full or not writable.
             ValueError: dtype or shape differ from the layout, which would be a bug.
         """
-        spec = self._shard_of[name].specs[name]
-        if _dtype_name(tensor) != spec.dtype or tuple(tensor.shape[1:]) != spec.shape[1:]:
+        spec = self.shard_of[name].specs[name]
+        rows = tensor.shape[0] if tensor.ndim else 0
+        if (
+            _DTYPE_NAMES[tensor.dtype] != spec.dtype
+            or tuple(tensor.shape[1:]) != spec.shape[1:]
+            or (spec.shape and first_row + rows > spec.shape[0])
+        ):
             raise ValueError(f"{name}: {tensor.dtype} {tuple(tensor.shape)} is not what was laid out: {spec}")
-        row = spec.nbytes // spec.shape[0] if spec.shape and spec.shape[0] else spec.nbytes
-        raw = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
-        self._put(name, first_row * row, raw)
+        data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+        if not data:
+            return data
+        with self._opened(name) as file:
+            self._put(file, data, self.shard_of[name].offsets[name] + first_row * spec.row_bytes)
+        return data
 
-    def copy(self, name: str, source: Path, begin: int, end: int, chunk: int = 1 << 24) -> None:
-        """Put a tensor's bytes `begin .. end` of another file in its place, untouched."""
-        with source.open("rb") as stream:
-            stream.seek(begin)
-            for offset in range(0, end - begin, chunk):
-                self._put(name, offset, stream.read(min(chunk, end - begin - offset)))
+    def copy(self, name: str, source: Path, begin: int, end: int) -> Iterator[bytes]:
+        """Put a tensor's bytes `begin .. end` of another file in its place, and yield them chunk by chunk."""
+        offset = self.shard_of[name].offsets[name]
         if begin == end:
-            self._put(name, 0, b"")
+            return
+        with self._opened(name) as file:
+            for data in _chunks(source, begin, end):
+                self._put(file, memoryview(data), offset)
+                offset += len(data)
+                yield data
+
+    def stored(self, name: str, first_row: int, nbytes: int) -> Iterator[bytes]:
+        """What is on disk of a tensor, chunk by chunk; less than `nbytes` where the file ends or is missing."""
+        shard = self.shard_of[name]
+        path = self.folder / shard.file
+        path = path if path.exists() else temporary(path)
+        if not path.exists():
+            return
+        with path.open("rb") as stream:
+            stream.seek(shard.offsets[name] + first_row * shard.specs[name].row_bytes)
+            while nbytes and (data := stream.read(min(_CHUNK, nbytes))):
+                nbytes -= len(data)
+                yield data
+
+    def _put(self, file: int, data: memoryview, offset: int) -> None:
+        while data:
+            done = os.pwrite(file, data, offset)
+            data, offset = data[done:], offset + done
+
+    @contextmanager
+    def _opened(self, name: str) -> Iterator[int]:
+        # Write-only, one file a call: on network disks a page that was never read is never written back whole, and
+        # what was written is there for the other machines once the file is closed.
+        with explained(self.folder):
+            file = os.open(temporary(self.folder / self.shard_of[name].file), os.O_WRONLY)
+            try:
+                yield file
+            finally:
+                os.close(file)
+
+
+class FolderWriter:
+    """Allocates, counts and names the shards of one output folder.
+
+    Args:
+        folder: the output; made if needed.
+        shards: from `lay_out`.
+    """
+
+    def __init__(self, folder: Path, shards: Sequence[Shard]) -> None:
+        self.folder = folder
+        self.shards = list(shards)
+        self.place = TensorWriter(folder, shards)
+        self._left = {shard.file: sum(spec.nbytes for spec in shard.specs.values()) for shard in shards}
+
+    def check_space(self, keep: bool) -> None:
+        """Compare what is still to be allocated with the disk's free bytes.
+
+        Args:
+            keep: shards that lie in the folder stay; else they will be removed and their room counts as free.
+
+        Raises:
+            CheckpointError: the disk is too small.
+        """
+        with explained(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            needed, free = sum(shard.nbytes for shard in self.shards), shutil.disk_usage(self.folder).free
+            held = sum(path.stat().st_blocks * 512 for path in self._weights())
+        if keep:
+            needed = max(0, needed - held)
+        else:
+            free += held
+        if needed > free:
+            raise CheckpointError(
+                f"{self.folder} needs {needed:,} bytes but its disk has {free:,} free; free some or choose another disk"
+            )
+
+    def clear(self, keep: bool) -> None:
+        """Remove config, index and evaluation, and the shards of other layouts (with `keep` false all of them)."""
+        ours = {shard.file for shard in self.shards} if keep else set()
+        with explained(self.folder):
+            for path in self._weights():
+                if path.name.removesuffix(_TEMPORARY) not in ours:
+                    path.unlink()
+            for name in (INDEX, EVALUATION, "config.json"):
+                (self.folder / name).unlink(missing_ok=True)
+            for shard in self.shards:  # a finished shard that is not what the layout says is no longer finished
+                path = self.folder / shard.file
+                if path.exists() and not _is_whole(path, shard):
+                    os.replace(path, temporary(path))
+
+    def count(self, name: str, nbytes: int) -> Shard | None:
+        """Note that bytes of a tensor are in place; returns its shard if it has nothing left to write."""
+        shard = self.place.shard_of[name]
+        self._left[shard.file] -= nbytes
+        return shard if self._left[shard.file] == 0 else None
+
+    def allocate(self) -> None:
+        """Give every unfinished shard its full size and its header, keeping what it holds.
+
+        Raises:
+            CheckpointError: the disk is full or not writable.
+        """
+        with explained(self.folder):
+            for shard in self.shards:
+                path = self.folder / shard.file
+                if path.exists():
+                    if self._left[shard.file] == 0:
+                        continue
+                    os.replace(path, temporary(path))
+                file = os.open(temporary(path), os.O_RDWR | os.O_CREAT, 0o666)
+                try:
+                    if os.fstat(file).st_size > shard.nbytes or not hasattr(os, "posix_fallocate"):
+                        os.ftruncate(file, shard.nbytes)
+                    if hasattr(os, "posix_fallocate"):  # a full disk shows now, not hours later
+                        os.posix_fallocate(file, 0, shard.nbytes)
+                    os.pwrite(file, shard.header, 0)
+                finally:
+                    os.close(file)
+
+    def complete(self, shard: Shard) -> None:
+        """Flush a shard that has been written to the disk, and give it its name."""
+        path = self.folder / shard.file
+        with explained(self.folder):
+            if path.exists():
+                return
+            file = os.open(temporary(path), os.O_RDWR)
+            try:
+                os.fsync(file)
+            finally:
+                os.close(file)
+            os.replace(temporary(path), path)
 
     def finish(self, extra: Mapping[str, str], config: Mapping[str, Any]) -> None:
         """Write the index, the extra text files and, last of all, `config.json`.
@@ -141,68 +210,43 @@ class FolderWriter:
             CheckpointError: the disk is full or not writable.
             ValueError: tensors are missing, which would be a bug.
         """
-        missing = [name for names in self._left.values() for name in names]
+        missing = [file for file, left in self._left.items() if left]
         if missing:
-            raise ValueError(f"{len(missing)} tensors were never written, e.g. {missing[0]}")
+            raise ValueError(f"{len(missing)} shards were never finished, e.g. {missing[0]}")
         with explained(self.folder):
+            for shard in self.shards:
+                if shard.nbytes == len(shard.header):  # empty tensors only, so nothing was ever counted
+                    self.complete(shard)
             if len(self.shards) > 1:
-                weight_map = {name: shard.file for name, shard in sorted(self._shard_of.items())}
+                weight_map = {name: shard.file for name, shard in sorted(self.place.shard_of.items())}
                 total = sum(spec.nbytes for shard in self.shards for spec in shard.specs.values())
                 index = {"metadata": {"total_size": total}, "weight_map": weight_map}
                 write_atomically(self.folder / INDEX, json.dumps(index, indent=1))
             for file, text in extra.items():
                 write_atomically(self.folder / file, text)
             write_atomically(self.folder / "config.json", json.dumps(config, indent=2))
-            (self.folder / UNFINISHED).unlink()  # not before: without it a second run would refuse the folder
+            (self.folder / UNFINISHED).unlink(missing_ok=True)  # not before: nothing else says "unfinished"
 
-    def close(self) -> None:
-        """Close open files; safe to call twice."""
-        for stream in self._open.values():
-            stream.close()
-        self._open.clear()
+    def _weights(self) -> list[Path]:
+        return [path for path in self.folder.iterdir() if path.suffix in (".safetensors", _TEMPORARY)]
 
-    def _put(self, name: str, offset: int, data: bytes | memoryview) -> None:
-        shard = self._shard_of[name]
-        with explained(self.folder):
-            stream = self._stream(shard)
-            stream.seek(shard.offsets[name] + offset)
-            stream.write(data)
-            self._written[name] = self._written.get(name, 0) + len(data)
-            if self._written[name] < shard.specs[name].nbytes:
-                return
-            self._left[shard.file].discard(name)
-            if not self._left[shard.file]:
-                self._complete(shard)
 
-    def _stream(self, shard: Shard) -> BinaryIO:
-        if shard.file not in self._open:
-            stream = (self.folder / (shard.file + _TEMPORARY)).open("wb+")
-            self._open[shard.file] = stream
-            if hasattr(os, "posix_fallocate"):  # a full disk shows now, not hours later
-                os.posix_fallocate(stream.fileno(), 0, shard.nbytes)
-            stream.write(shard.header)
-        return self._open[shard.file]
-
-    def _complete(self, shard: Shard) -> None:
-        stream = self._open.pop(shard.file)
-        stream.flush()
-        os.fsync(stream.fileno())
-        stream.close()
-        os.replace(self.folder / (shard.file + _TEMPORARY), self.folder / shard.file)
+def temporary(path: Path) -> Path:
+    """The name of a file that is being written."""
+    return path.with_name(path.name + _TEMPORARY)
 
 
 def write_atomically(path: Path, text: str) -> None:
     """Write a text file so that it is either absent (or old) or complete."""
-    temporary = path.with_name(path.name + _TEMPORARY)
-    with temporary.open("w", encoding="utf-8") as stream:
+    with temporary(path).open("w", encoding="utf-8") as stream:
         stream.write(text)
         stream.flush()
         os.fsync(stream.fileno())
-    os.replace(temporary, path)
+    os.replace(temporary(path), path)
 
 
 def check_output(folder: Path, overwrite: bool) -> None:
-    """Refuse a folder that holds something else than an unfinished run's leftovers.
+    """Refuse a folder that holds something else than an unfinished run.
 
     Raises:
         CheckpointError: so it does, and `overwrite` does not allow it.
@@ -213,12 +257,6 @@ def check_output(folder: Path, overwrite: bool) -> None:
         raise CheckpointError(f"{folder} is a file; choose another output folder")
     if any(folder.iterdir()):
         raise CheckpointError(f"{folder} is not empty; choose another output folder or pass --overwrite")
-
-
-def _clear(folder: Path) -> None:
-    for path in folder.iterdir():
-        if path.suffix == ".safetensors" or path.suffix == _TEMPORARY or path.name in (INDEX, "config.json"):
-            path.unlink()
 
 
 @contextmanager
@@ -232,12 +270,22 @@ def explained(folder: Path) -> Iterator[None]:
         raise CheckpointError(f"cannot write to {folder}: {error}") from error
 
 
-_DTYPE_NAMES = {
-    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
-    torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8",
-    torch.bool: "BOOL", torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2",
-}  # fmt: skip
+def _is_whole(path: Path, shard: Shard) -> bool:
+    if path.stat().st_size != shard.nbytes:
+        return False
+    with path.open("rb") as stream:
+        return stream.read(len(shard.header)) == shard.header
 
 
-def _dtype_name(tensor: torch.Tensor) -> str:
-    return _DTYPE_NAMES[tensor.dtype]
+def _chunks(source: Path, begin: int, end: int) -> Iterator[bytes]:
+    try:
+        with source.open("rb") as stream:
+            stream.seek(begin)
+            while begin < end:
+                data = stream.read(min(_CHUNK, end - begin))
+                if not data:
+                    raise OSError("the file ends before its header says")
+                begin += len(data)
+                yield data
+    except OSError as error:
+        raise CheckpointError(f"cannot read {source}: {error}") from error

@@ -7,16 +7,20 @@ import signal
 import sys
 import warnings
 from types import FrameType
+from typing import Annotated
 
 import typer
 from transformers.utils import logging as transformers_logging
 
+import milo
 from milo.cli.compress import plan, profile, quantize
-from milo.cli.console import err
+from milo.cli.console import err, say
 from milo.cli.demo import demo
 from milo.cli.doctor import doctor
 from milo.cli.frontier import frontier
 from milo.cli.measure import evaluate, generate, inspect
+from milo.cli.push import push
+from milo.cli.report import report
 from milo.errors import MiloError
 
 app = typer.Typer(
@@ -26,6 +30,23 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        say(f"milo {milo.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and leave.", callback=_print_version, is_eager=True)
+    ] = False,
+) -> None:
+    pass
+
+
 app.command()(demo)
 app.command()(plan)
 app.command()(profile)
@@ -33,7 +54,9 @@ app.command()(quantize)
 app.command("eval")(evaluate)
 app.command()(frontier)
 app.command()(inspect)
+app.command()(report)
 app.command()(generate)
+app.command()(push)
 app.command()(doctor)
 
 
@@ -56,7 +79,7 @@ def main() -> None:
 def _interrupted(signum: int, frame: FrameType | None) -> None:
     """Ctrl-C: leave at once. An exception would first wait for the pieces that threads are still solving."""
     err.show_cursor(True)
-    err.print("\ninterrupted; nothing half-written looks finished, run the same command again")
+    err.print("\ninterrupted; nothing half-written looks finished; `milo quantize` run again goes on where it stopped")
     sys.stdout.flush()
     os._exit(130)
 

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import shlex
+import sys
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -15,22 +18,24 @@ from milo.checkpoint.hub import find_model
 from milo.checkpoint.roles import LAYER_INDEX
 from milo.checkpoint.writer import write_atomically
 from milo.cli.budget import BudgetOption, SelfOption, SensitivityOption, plan_by_budget, print_allocation
-from milo.cli.console import bar, err, out, peak_memory, print_json, say, size
+from milo.cli.console import bar, err, out, print_json, say, size
 from milo.cli.options import (
-    BEST_DEVICE,
     BitsOption,
     CountsOption,
     DeviceOption,
+    DevicesOption,
     FactorOption,
     GridOption,
     GroupOption,
     JsonOption,
     Knobs,
     ModelArgument,
+    NoPredictOption,
     RanksOption,
     RecipeOption,
     RoundsOption,
     ScaleOption,
+    WorkersOption,
     ZeroOption,
     read_counts,
 )
@@ -39,8 +44,11 @@ from milo.evaluate.folder import load_model, load_tokenizer
 from milo.evaluate.text import load_text, tokenize
 from milo.integrations.transformers.routing import routing_counts
 from milo.integrations.transformers.source import open_source
-from milo.pipeline.compress import MAX_SHARD_SIZE, check_destination, compress_checkpoint, lay_out_checkpoint
+from milo.pipeline.compress import check_destination, compress_checkpoint
+from milo.pipeline.devices import visible_devices
+from milo.pipeline.layout import MAX_SHARD_SIZE, lay_out_checkpoint
 from milo.pipeline.planning import Source, peak_bytes, plan_source
+from milo.pipeline.predict import Prediction, predict
 from milo.plan.plan import Plan, Row
 from milo.plan.recipe import DEFAULT, Recipe
 
@@ -60,18 +68,22 @@ def plan(
     budget: BudgetOption = None,
     sensitivity: SensitivityOption = "random",
     self_calibrate: SelfOption = False,
+    devices: DevicesOption = None,
+    workers: WorkersOption = None,
+    no_predict: NoPredictOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Show what a recipe or a budget would do: every group of matrices with exact bytes, compressing nothing."""
+    """Show what a recipe or budget would do, group by group with exact bytes, and what it takes; compresses nothing."""
     knobs = Knobs(recipe, ranks, bits, group_size, grid, rounds, factor, scale_bits, zero_bits)
     source = open_source(model)
-    found = None
+    where, found = visible_devices(devices), None
     if budget is not None:
-        found = plan_by_budget(source, budget, knobs, counts, sensitivity, self_calibrate, BEST_DEVICE)
+        found = plan_by_budget(source, budget, knobs, counts, sensitivity, self_calibrate, where[0])
         made = found.plan
     else:
         made = _make_plan(source, knobs.for_model(source.checkpoint.config), counts)
     files = sum(shard.nbytes for shard in lay_out_checkpoint(source.checkpoint, source.inventory, made))
+    told = predict(source.checkpoint, made, where, workers) if not no_predict else None
     if as_json:
         print_json(
             {
@@ -81,14 +93,22 @@ def plan(
                 "bits_per_weight": made.bits_per_weight,
                 "sixteen_bit_bytes": source.sixteen_bit_bytes,
                 "files_bytes": files,
-                "peak_bytes": peak_bytes(made),
+                "peak_bytes": peak_bytes(made, where[0], workers),
+                "devices": list(where),
+                "prediction": told.to_json() if told else None,
                 **({"allocation": asdict(found.allocation), "losses": dict(found.losses)} if found else {}),
             }
         )
-    elif found is not None:
+        return
+    if found is not None:
         print_allocation(found, source, files)
     else:
         _print_plan(made, source, files)
+    if told is None:
+        need = size(peak_bytes(made, where[0], workers))
+        say(f"peak memory while compressing: about {need} beside Python and PyTorch")
+    else:
+        say(f"on this machine: {_promise(told, where)}")
 
 
 def quantize(
@@ -107,23 +127,31 @@ def quantize(
     budget: BudgetOption = None,
     sensitivity: SensitivityOption = "random",
     self_calibrate: SelfOption = False,
-    device: DeviceOption = BEST_DEVICE,
+    devices: DevicesOption = None,
+    workers: WorkersOption = None,
+    ray: Annotated[bool, typer.Option("--ray", help="Solve on a Ray cluster that shares both folders' disk.")] = False,
     max_shard_size: Annotated[str, typer.Option(help="Bytes a shard, e.g. 5GB or 500MB.")] = "5GB",
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing output.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a finished output.")] = False,
+    restart: Annotated[bool, typer.Option("--restart", help="Throw an unfinished run away.")] = False,
+    no_predict: NoPredictOption = False,
 ) -> None:
-    """Compress MODEL into a folder that transformers loads; no calibration data, shard by shard."""
+    """Compress MODEL into a folder that transformers loads; no calibration data. The same command again resumes it."""
     knobs = Knobs(recipe, ranks, bits, group_size, grid, rounds, factor, scale_bits, zero_bits)
     source = open_source(model)
     check_destination(source.checkpoint, output, overwrite)
+    where = visible_devices(devices)
     if budget is not None:
-        made = plan_by_budget(source, budget, knobs, counts, sensitivity, self_calibrate, device).plan
+        made = plan_by_budget(source, budget, knobs, counts, sensitivity, self_calibrate, where[0]).plan
     else:
         made = _make_plan(source, knobs.for_model(source.checkpoint.config), counts)
     say(
         f"{made.parameters:,} weights in {len(made.rows):,} groups, {size(made.nbytes)} "
-        f"({made.bits_per_weight:.3f} bits a weight), about {size(peak_bytes(made, device))} of memory on {device}",
+        f"({made.bits_per_weight:.3f} bits a weight)",
         err,
     )
+    told = predict(source.checkpoint, made, where, workers) if not (no_predict or ray) else None
+    if told is not None:
+        say(_promise(told, where), err)
     base_model = str(Path(model).resolve()) if Path(model).is_dir() else model
     with bar(made.parameters) as update:
         result = compress_checkpoint(
@@ -132,17 +160,25 @@ def quantize(
             made,
             output,
             base_model=base_model,
-            device=device,
+            command=shlex.join(["milo", *sys.argv[1:]]),
+            devices=where,
+            workers=workers,
+            ray=ray,
             max_shard_size=_bytes(max_shard_size),
             overwrite=overwrite,
+            restart=restart,
             progress=lambda done, total, name: update(done, name),
         )
     errors = [matrix["error"] for matrix in result.report["matrices"]]
     say(
         f"{output}: {size(result.report['files_bytes'])} in {result.seconds:.1f} s, "
         f"{made.bits_per_weight:.3f} bits a weight, mean relative error {sum(errors) / len(errors):.4f}, "
-        f"peak memory {size(peak_memory())}"
+        f"peak memory {_memory(result.peak.host, result.peak.gpu)}"
     )
+    if result.kept:
+        say(f"resumed: {result.kept / made.parameters:.0%} of the weights had been finished before, and were verified")
+    elif told is not None:
+        say(f"predicted: {told.seconds:.1f} s, {_memory(told.host_bytes, told.gpu_bytes)}")
 
 
 def profile(
@@ -220,9 +256,17 @@ def _print_plan(made: Plan, source: Source, files: int) -> None:
     )
     kept = files - made.nbytes
     say(f"files: {files:,} bytes, of which {kept:,} are kept as they are (embeddings, norms, routers, headers)")
-    say(f"peak memory while compressing: about {size(peak_bytes(made))} beside Python and PyTorch")
     if made.clipped:
         say(f"{made.clipped} matrices asked for more rank than min(N, K) and were clipped to it")
+
+
+def _promise(told: Prediction, devices: Sequence[str]) -> str:
+    who = f"{told.workers} CPU threads" if set(devices) == {"cpu"} else ", ".join(devices)
+    return f"about {told.seconds:.0f} s on {who}, {_memory(told.host_bytes, told.gpu_bytes)} of memory"
+
+
+def _memory(host: int, gpu: int) -> str:
+    return size(host) + (f" and {size(gpu)} on the GPU" if gpu else "")
 
 
 def _by_template(made: Plan) -> dict[str, list[Row]]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import resource
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,20 +22,16 @@ from rich.progress import (
 )
 from rich.text import Text
 
+from milo.pipeline.memory import host_peak
+
 # Tables and results go to stdout, progress and errors to stderr, so that --json can be piped.
 out = Console()
 err = Console(stderr=True)
 
 
-def peak_memory() -> int:
-    """Peak resident bytes of this process."""
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-
 class _MemoryColumn(ProgressColumn):
     def render(self, task: Task) -> Text:
-        return Text(f"peak {size(peak_memory())}", style="dim")
+        return Text(f"peak {size(host_peak())}", style="dim")
 
 
 def say(text: str, console: Console = out) -> None:
@@ -62,8 +57,13 @@ def bar(total: float = 1.0, counted: bool = False) -> Iterator[Any]:
     columns += [TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), _MemoryColumn()]
     with Progress(*columns, console=err, transient=True) as progress:
         task = progress.add_task("", total=total)
+        begun = False
 
         def update(done: float, message: str) -> None:
+            nonlocal begun
+            if not begun:  # where work begins, which for a resumed run is not zero and says nothing of its speed
+                progress.reset(task, completed=int(done))
+                begun = True
             progress.update(task, completed=done, description=message)
 
         yield update

@@ -80,6 +80,7 @@ def _measure(folder: Path, name: str, text: str, original: Path | None, seconds:
             dtype="float32",
             progress=lambda fraction, message: update(fraction, f"{name}: {message}"),
         )
+    assert found.contiguous is not None  # there was a text
     diverged = found.divergence
     return ResultRow(
         recipe=name,

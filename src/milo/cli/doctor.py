@@ -66,7 +66,9 @@ def kernels() -> list[dict[str, Any]]:
         {
             "kernel": "int3/int4 decode (milo.ops)",
             "runs": fits,
-            "reason": "CUDA, compiled at first use; best for few tokens an expert" if fits else reason,
+            "reason": "CUDA, compiled at first use; transformers models on a GPU use it; best for few tokens an expert"
+            if fits
+            else reason,
         },
         {
             "kernel": "reference",

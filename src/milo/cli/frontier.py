@@ -108,7 +108,7 @@ def _point(
             source.inventory,
             plan,
             folder,
-            device=device,
+            devices=device,
             overwrite=True,
             progress=lambda done, total, name: update(done, f"{label}: {name}"),
         )

@@ -33,6 +33,16 @@ CountsOption = Annotated[
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 BEST_DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DevicesOption = Annotated[
+    str | None,
+    typer.Option(
+        "--devices", "--device", help="cpu, cuda (all visible GPUs), or cuda:0,cuda:1; GPUs if there are any."
+    ),
+]
+WorkersOption = Annotated[
+    int | None, typer.Option("--workers", min=1, help="CPU threads, one item each; by default the cores, up to 8.")
+]
+NoPredictOption = Annotated[bool, typer.Option("--no-predict", help="Do not try two seconds of it to tell the time.")]
 DeviceOption = Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:1, ...")]
 
 

@@ -1,4 +1,4 @@
-"""Judging a model: perplexity on a text, and divergence of a compressed model from its original."""
+"""Judging a model: perplexity on a text, divergence of a compressed model from its original, tasks."""
 
 from __future__ import annotations
 

@@ -13,14 +13,17 @@ tells two compressions apart on a few thousand tokens where perplexity needs a h
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 
-from milo.errors import MiloError
+from milo.errors import MiloError, UnsupportedModelError
+from milo.evaluate.router import AgreementTally, LayerAgreement
 from milo.evaluate.windows import check_fits, cut, in_batches, judging, logits, scored_chunks
+from milo.integrations.transformers.routing import experts_blocks, watched_choices
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -41,6 +44,8 @@ class Divergence:
         top1: Share of predictions, from 0 to 1, where both models rank the same token first.
         tokens: Predictions compared.
         window: Tokens a window holds.
+        routing: Whether each token keeps its experts, a row a layer, over all tokens of the windows; empty for
+            models without experts, or whose experts are modules of their own (the choice is then not handed over).
     """
 
     kl: float
@@ -51,6 +56,7 @@ class Divergence:
     top1: float
     tokens: int
     window: int
+    routing: tuple[LayerAgreement, ...] = ()
 
 
 def divergence(
@@ -84,13 +90,15 @@ def divergence(
     windows = cut(ids.numel(), window, stride=window)
     kls: list[torch.Tensor] = []
     same = 0
-    with judging(model, original):
+    routing = AgreementTally()
+    with _both_routers(model, original) as (chosen, reference), judging(model, original):
         for run in in_batches(windows, batch):
             pairs = zip(logits(model, ids, run), logits(original, ids, run), run, strict=True)
             for window_logits, original_logits, w in pairs:
                 kl, agreed = _compare(window_logits, original_logits, w.scored)
                 kls.append(kl)
                 same += agreed
+            routing.add(chosen, reference)
             if progress is not None:
                 progress(len(kls) / len(windows), f"divergence: {len(kls)} of {len(windows)} windows")
     every = torch.cat(kls)
@@ -106,7 +114,21 @@ def divergence(
         top1=same / len(every),
         tokens=len(every),
         window=window,
+        routing=routing.layers(),
     )
+
+
+@contextmanager
+def _both_routers(
+    model: PreTrainedModel, original: PreTrainedModel
+) -> Iterator[tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]]:
+    """The choices of both models' routers in their latest pass; empty where they cannot be watched."""
+    try:
+        blocks = experts_blocks(original)
+    except UnsupportedModelError:
+        blocks = {}
+    with watched_choices(model, blocks) as chosen, watched_choices(original, blocks) as reference:
+        yield chosen, reference
 
 
 def _compare(model_logits: torch.Tensor, original_logits: torch.Tensor, scored: int) -> tuple[torch.Tensor, int]:

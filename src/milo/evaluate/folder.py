@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from milo.checkpoint.source import Checkpoint, load_json
 from milo.errors import CheckpointError, MiloError
 from milo.evaluate.divergence import Divergence, divergence
 from milo.evaluate.perplexity import Perplexity, perplexity
+from milo.evaluate.scores import TaskEvaluation
 from milo.evaluate.text import tokenize
 
 Progress = Callable[[float, str], None]
@@ -45,13 +46,14 @@ class Evaluation:
     """What `milo eval` reports; fields that were not measured are None."""
 
     model: str
-    text: str
+    text: str | None
     recipe: str | None
     size: Size
-    contiguous: Perplexity
+    contiguous: Perplexity | None
     sliding: Perplexity | None
     original: str | None
     divergence: Divergence | None
+    tasks: TaskEvaluation | None = None
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -105,6 +107,32 @@ def load_tokenizer(folder: Path) -> Any:
         raise CheckpointError(f"{folder} has no usable tokenizer: {error}") from error
 
 
+def find_original(folder: Path, given: str | None) -> str | None:
+    """The model to compare with: the given one, or a compressed folder's recorded source if it still exists.
+
+    Raises:
+        MiloError: it is the folder itself.
+    """
+    if given is None and is_compressed(folder):
+        recorded = load_json(folder / "config.json")["quantization_config"].get("base_model")
+        given = recorded if recorded is not None and Path(recorded).is_dir() else None
+    if given is not None and Path(given).resolve() == folder.resolve():
+        raise MiloError(f"{given} is the folder under test; --original names what it was made from")
+    return given
+
+
+def describe_folder(folder: str) -> Evaluation:
+    """What needs no model run: the recipe and exact bytes.
+
+    Raises:
+        MiloError: the folder cannot be used.
+    """
+    path = find_model(folder)
+    config = load_json(path / "config.json").get("quantization_config") or {}
+    recipe = (config.get("plan") or {}).get("recipe")
+    return Evaluation(folder, None, recipe, measure_size(path), None, None, None, None)
+
+
 def evaluate_folder(
     folder: str,
     text: str,
@@ -135,12 +163,9 @@ def evaluate_folder(
     Raises:
         MiloError: the folder, its tokenizer or the text cannot be used.
     """
+    described = describe_folder(folder)
     path = find_model(folder)
-    size = measure_size(path)
-    config = load_json(path / "config.json").get("quantization_config") or {}
-    recorded = config.get("base_model") if size.compressed_weights else None
-    if original is None and recorded is not None and Path(recorded).is_dir():
-        original = recorded
+    original = find_original(path, original)
     ids = tokenize(load_tokenizer(path), text, max_tokens)
     model = load_model(path, dtype, device)
     contiguous = perplexity(model, ids, window=window, progress=progress)
@@ -149,9 +174,8 @@ def evaluate_folder(
         sliding = perplexity(model, ids, window=window, stride=stride, progress=progress)
     diverged = None
     if original is not None:
-        if Path(original).resolve() == path.resolve():
-            raise MiloError(f"{original} is the folder under test; --original names what it was made from")
         reference = load_model(find_model(original), dtype, device)
         diverged = divergence(model, reference, ids, window=window, progress=progress)
-    recipe = (config.get("plan") or {}).get("recipe")
-    return Evaluation(folder, text_name, recipe, size, contiguous, sliding, original, diverged)
+    return replace(
+        described, text=text_name, contiguous=contiguous, sliding=sliding, original=original, divergence=diverged
+    )

@@ -50,6 +50,11 @@ class TensorSpec:
     def nbytes(self) -> int:
         return DTYPE_BYTES[self.dtype] * prod(self.shape)
 
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one index of the first dimension; of the whole for a scalar."""
+        return DTYPE_BYTES[self.dtype] * prod(self.shape[1:])
+
 
 @dataclass(frozen=True)
 class Encoding:

@@ -2,137 +2,21 @@
 
 from __future__ import annotations
 
-import ctypes
-import math
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
 from functools import cache
 
 import torch
 
 from milo.kernels import nvrtc
+from milo.kernels.cutting import CONFIGS, MAX_PAIRS, Config, choose, cut, fit
 from milo.kernels.layout import TILE, PackedMatrix
 from milo.kernels.packed_reference import ACTIVATIONS
+from milo.kernels.parameters import Compensator, Matrix, Params, Routing
 
 MAX_EXPERTS = 1024  # local experts; the blocks' routing scratch is sized by these
-MAX_PAIRS = 1024  # (token, choice) pairs a launch; more tokens are done in turns
 _SHARED = 228 << 10  # bytes of shared memory an SM of sm_90 has
-_RESERVED = 1024  # of them, what a block takes beyond its own
-_FIXED_TILES = 3  # the end of a unit of work, in tiles of one warp
-_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-
-
-@dataclass(frozen=True)
-class Config:
-    """How a launch is cut: n8 tiles of tokens a work item, warps a block, ring stages a warp, blocks an SM."""
-
-    token_tiles: int
-    warps: int
-    stages: int
-    blocks: int
-
-    @property
-    def tokens(self) -> int:
-        return 8 * self.token_tiles
-
-    @property
-    def threads(self) -> int:
-        return 32 * self.warps
-
-    def shared_bytes(self, bits: int, halves: int) -> int:
-        """Shared memory of a block: the warps' rings, the reduction, the routing table."""
-        ring = self.warps * self.stages * (bits * 512 + halves * 256 + self.token_tiles * 1024)
-        items = MAX_PAIRS + MAX_PAIRS // self.tokens
-        return ring + self.warps * self.tokens * 68 * 4 + 2 * MAX_PAIRS + 4 * items + 8
-
-
-CONFIGS = (Config(1, 8, 4, 2), Config(2, 8, 2, 2), Config(3, 12, 2, 1), Config(4, 8, 3, 1))
 _MAX_T_SPLITS = 4  # parts of K in which V x is computed
 _COMBINE_BYTES = 1 << 15  # of partial sums that one block adds up itself; more get a launch of their own
-
-
-def fit(config: Config, bits: int, halves: int, shared: int) -> Config | None:
-    """`config` with as many ring stages as `shared` bytes an SM allow, one block an SM if it must be; None if none."""
-    for blocks in (config.blocks, 1):
-        for stages in range(config.stages, 1, -1):
-            fitted = replace(config, stages=stages, blocks=blocks)
-            if fitted.shared_bytes(bits, halves) <= shared // blocks - _RESERVED:
-                return fitted
-    return None
-
-
-def choose(tokens: int, pairs: int, experts: int, configs: Sequence[Config] = CONFIGS) -> Config:
-    """Tiles wide enough for most experts in one pass over their weights, and no wider."""
-    mean = pairs / experts
-    for config in configs:
-        spread = 2 * mean**0.5  # two standard deviations of a balanced router's counts
-        if tokens <= config.tokens or mean + spread <= config.tokens:
-            return config
-    return configs[-1]
-
-
-def cut(
-    active: float, row_tiles: int, k_tiles: int, v_tiles: float, config: Config, slots: int, splits: bool
-) -> tuple[int, int]:
-    """How a product is spread over warps and blocks.
-
-    Args:
-        active: work items with work in them, expected.
-        row_tiles: of one item.
-        k_tiles: tiles along K.
-        v_tiles: row tiles of `V` in the same launch, which all warps of a block share.
-        config: of the launch.
-        slots: blocks that run at a time.
-        splits: whether blocks may share a row tile.
-
-    Returns:
-        Warps of a block that share a row tile, and units that do: the least rounds of units times work a warp, where
-        a unit's fixed cost counts as `_FIXED_TILES`.
-    """
-
-    def cost(choice: tuple[int, int]) -> float:
-        k_warps, parts = choice
-        units = active * -(-row_tiles * k_warps // config.warps) * parts + v_tiles * k_warps * parts / config.warps
-        work = -(-k_tiles // (k_warps * parts)) + _FIXED_TILES + (parts - 1)
-        return math.ceil(units / slots - 0.02) * work
-
-    divisors = [w for w in range(1, config.warps + 1) if config.warps % w == 0]
-    choices = [(w, s) for w in divisors for s in (range(1, 9) if splits else (1,)) if s == 1 or w == config.warps]
-    return min(choices, key=cost)
-
-
-class _Routing(ctypes.Structure):
-    _fields_ = (
-        [(n, ctypes.c_void_p) for n in ("ids", "expert_map")]
-        + [(n, ctypes.c_int) for n in ("ids_are_64", "map_length", "pairs", "experts")]
-    )  # fmt: skip
-
-
-class _Matrix(ctypes.Structure):
-    _fields_ = (
-        [(n, ctypes.c_void_p) for n in ("codes", "meta")]
-        + [(n, ctypes.c_int) for n in ("ktiles", "groups", "meta_shift")]
-    )  # fmt: skip
-
-
-class _Compensator(ctypes.Structure):
-    _fields_ = (
-        [(n, ctypes.c_void_p) for n in ("u_codes", "u_scales", "table", "t")]
-        + [(n, ctypes.c_int) for n in ("t_stride", "t_splits")]
-    )  # fmt: skip
-
-
-class _Params(ctypes.Structure):
-    """`Params` of `cuda/moe.cu`, field by field."""
-
-    _fields_ = (
-        [("routing", _Routing), ("weights", _Matrix), ("v", _Matrix), ("compensator", _Compensator)]
-        + [(n, ctypes.c_void_p) for n in ("x", "out", "partial", "choice_weights", "bias", "arrivals", "v_done",
-                                          "to_clear")]
-        + [(n, ctypes.c_int) for n in ("clear_count", "tokens", "topk", "in_features", "row_tiles", "rows",
-                                       "row_divisor", "splits", "v_row_tiles", "activation",
-                                       "choice_weight_type", "k_warps", "block_row_tiles", "groups", "combine_later")]
-    )  # fmt: skip
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 class _Kernels:
@@ -176,10 +60,12 @@ def linear(
     x: torch.Tensor, weight: PackedMatrix, bias: torch.Tensor | None, config: Config | None = None
 ) -> torch.Tensor:
     """`x · Ŵᵀ + bias`: `[T, K]` to `[T, N]`. At most three launches for every `MAX_PAIRS` tokens."""
+    x = x.repeat(1, weight.planes) if weight.planes > 1 else x  # see milo.kernels.planes
     out = torch.empty(x.shape[0], weight.out_features, dtype=x.dtype, device=x.device)
-    for first in range(0, x.shape[0], MAX_PAIRS):
-        rows = slice(first, first + MAX_PAIRS)
-        _Call(x[rows], out[rows], None, None, None, weight, config).linear(weight, bias)
+    with torch.cuda.device(x.device):  # a model may lie on several
+        for first in range(0, x.shape[0], MAX_PAIRS):
+            rows = slice(first, first + MAX_PAIRS)
+            _Call(x[rows], out[rows], None, None, None, weight, config).linear(weight, bias)
     return out
 
 
@@ -196,10 +82,11 @@ def moe_ffn(
     """The MoE FFN `[T, H]` to `[T, H]`: two to four launches for every `MAX_PAIRS` choices."""
     out = torch.empty(x.shape[0], down.out_features, dtype=x.dtype, device=x.device)
     turn = max(1, MAX_PAIRS // topk_ids.shape[1])
-    for first in range(0, x.shape[0], turn):
-        rows = slice(first, first + turn)
-        call = _Call(x[rows], out[rows], topk_ids[rows], topk_weights[rows], expert_map, gate_up, config)
-        call.moe_ffn(gate_up, down, ACTIVATIONS.index(activation))
+    with torch.cuda.device(x.device):
+        for first in range(0, x.shape[0], turn):
+            rows = slice(first, first + turn)
+            call = _Call(x[rows], out[rows], topk_ids[rows], topk_weights[rows], expert_map, gate_up, config)
+            call.moe_ffn(gate_up, down, ACTIVATIONS.index(activation))
     return out
 
 
@@ -230,7 +117,7 @@ class _Call:
             self.items = min(self.pairs, experts) + (self.pairs // a_tile if self.pairs > a_tile else 0)
         spread = experts * (1 - max(0.0, 1 - self.topk / experts) ** self.tokens)  # experts that balanced routing meets
         self.active = self.items if ids is None else min(self.items, spread)
-        self.routing = _Routing(
+        self.routing = Routing(
             _address(ids), _address(expert_map), int(ids is not None and ids.dtype == torch.int64),
             0 if expert_map is None else expert_map.shape[0], self.pairs, experts,
         )  # fmt: skip
@@ -290,14 +177,14 @@ class _Call:
     def _t_splits(self, k_tiles: int) -> int:
         return max(1, min(_MAX_T_SPLITS, k_tiles // (4 * self.config.warps)))
 
-    def _clear(self, kernels: _Kernels, params: _Params, counters: int, count: int) -> None:
+    def _clear(self, kernels: _Kernels, params: Params, counters: int, count: int) -> None:
         """Zero the counters: the first kernel does it where it needs none itself."""
         params.to_clear, params.clear_count = counters, count
         params.v_done = counters + 4 * (count - 2 * self.items)
         if params.v_row_tiles:
             kernels.clear(1, self.config.threads, params)
 
-    def _down(self, kernels: _Kernels, params: _Params, early: bool) -> None:
+    def _down(self, kernels: _Kernels, params: Params, early: bool) -> None:
         threads = self.config.threads
         a_block = self.pairs * params.splits * TILE * 4 * (self.config.warps // params.k_warps)
         params.combine_later = a_block > _COMBINE_BYTES
@@ -306,7 +193,7 @@ class _Call:
             turns = -(-self.tokens // (threads // 16))
             kernels.combine(params.row_tiles * turns, threads, params, early=True)
 
-    def _blocks(self, kernels: _Kernels, params: _Params) -> int:
+    def _blocks(self, kernels: _Kernels, params: Params) -> int:
         """As many blocks as run at a time, or fewer if there is less work."""
         params.block_row_tiles = self.config.warps // params.k_warps
         params.groups = -(-params.row_tiles // params.block_row_tiles)
@@ -317,21 +204,21 @@ class _Call:
         b16 = self.x.dtype == torch.bfloat16
         return _kernels(self.config, weight.bits, weight.halves, b16, self.x.device.index)
 
-    def _params(self, weight: PackedMatrix, x: int, out: int, row_divisor: int, t: int, splits: int) -> _Params:
+    def _params(self, weight: PackedMatrix, x: int, out: int, row_divisor: int, t: int, splits: int) -> Params:
         row_tiles, k_tiles = weight.codes.shape[1:3]
         shift = 1 if weight.group_size == 128 else 0
-        params = _Params(
+        params = Params(
             routing=self.routing,
-            weights=_Matrix(weight.codes.data_ptr(), weight.meta.data_ptr(), k_tiles, weight.meta.shape[2], shift),
-            v=_Matrix(weight.v_codes.data_ptr(), weight.v_meta.data_ptr(), k_tiles, k_tiles, 0),
-            compensator=_Compensator(
+            weights=Matrix(weight.codes.data_ptr(), weight.meta.data_ptr(), k_tiles, weight.meta.shape[2], shift),
+            v=Matrix(weight.v_codes.data_ptr(), weight.v_meta.data_ptr(), k_tiles, k_tiles, 0),
+            compensator=Compensator(
                 weight.u_codes.data_ptr(), weight.u_scales.data_ptr(), weight.table.data_ptr(), t,
                 TILE * weight.v_row_tiles, self._t_splits(k_tiles),
             ),
         )  # fmt: skip
         params.x, params.out = x, out
         params.tokens, params.topk = self.tokens, self.topk
-        params.in_features, params.rows, params.row_tiles = weight.in_features, weight.out_features, row_tiles
+        params.in_features, params.rows, params.row_tiles = weight.columns, weight.out_features, row_tiles
         params.row_divisor, params.splits, params.v_row_tiles = row_divisor, splits, weight.v_row_tiles
         return params
 

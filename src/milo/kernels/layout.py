@@ -3,6 +3,7 @@
 `cuda/tile.cuh` states the layout. In short: 64x64 tiles whose codes stand in the order in which the lanes of a warp
 consume them, 16 bytes a lane and load; a scale and a zero for each row and group beside one another; V as extra row
 tiles in the same layout; U in steps of 16 ranks. Codes keep their density (3.0 bits), every value is kept exactly.
+Wide codes and narrow metadata are spread first (`milo.kernels.planes`).
 """
 
 from __future__ import annotations
@@ -15,10 +16,11 @@ from torch.nn import functional as F
 
 from milo.format.codes import unpack_words
 from milo.format.matrix import FACTOR_GROUP, Encoding
+from milo.kernels.planes import spread
 
 TILE = 64  # rows and in-features of a tile
-_RANKS = 16  # ranks of one step of U
-_FACTOR_ZERO = 4  # the code of 0 in an INT3 factor
+RANKS = 16  # ranks of one step of U
+FACTOR_ZERO = 4  # the code of 0 in an INT3 factor
 
 Tensors = Mapping[str, torch.Tensor]
 
@@ -37,10 +39,11 @@ class PackedMatrix:
         table: int32 `[E, 4]`: first V row tile, V row tiles, first U step, U steps a row tile.
         out_features: `N` of one part.
         in_features: `K`.
-        bits: width of a code, 3 or 4.
+        bits: width of a plane's code, 3 or 4.
         group_size: 32, 64 or 128.
         parts: 1, or 2 for gate and up.
         v_row_tiles: the most V row tiles of any expert; 0 where no expert has a compensator.
+        planes: 2 for codes of 6 and 8 bits, which stand side by side along K.
     """
 
     codes: torch.Tensor
@@ -56,6 +59,12 @@ class PackedMatrix:
     group_size: int
     parts: int
     v_row_tiles: int
+    planes: int = 1
+
+    @property
+    def columns(self) -> int:
+        """Columns of the kernels' product: `K`, or twice that for two planes."""
+        return self.planes * self.in_features
 
     @property
     def tensors(self) -> list[torch.Tensor]:
@@ -63,7 +72,8 @@ class PackedMatrix:
 
     @property
     def numbers(self) -> list[int]:
-        return [self.out_features, self.in_features, self.bits, self.group_size, self.parts, self.v_row_tiles]
+        sizes = [self.out_features, self.in_features, self.bits, self.group_size]
+        return [*sizes, self.parts, self.v_row_tiles, self.planes]
 
     @classmethod
     def of(cls, tensors: Sequence[torch.Tensor], numbers: Sequence[int]) -> PackedMatrix:
@@ -86,9 +96,10 @@ class PackedMatrix:
 
 def supports(encoding: Encoding, shape: tuple[int, int]) -> tuple[bool, str]:
     """Whether a matrix `(N, K)` written so fits the layout, and if not, why."""
+    whole = max(TILE, encoding.group_size)
     for fits, reason in (
-        (encoding.bits in (3, 4), f"codes of {encoding.bits} bits (3 and 4 are)"),
-        (encoding.scale_bits == 16 and encoding.zero_bits == 16, "scales and zeros narrower than 16 bits"),
+        (encoding.plane_bits in (3, 4), f"codes of {encoding.bits} bits (3, 4, 6 and 8 are)"),
+        (encoding.planes == 1 or shape[1] % whole == 0, f"codes of {encoding.bits} bits in rows of {shape[1]}"),
         (encoding.factor == "int3", f"{encoding.factor} compensators (int3 are)"),
         (shape[0] % 32 == 0 and shape[1] % 32 == 0, f"the shape {shape}, not in multiples of 32,"),
     ):
@@ -113,64 +124,94 @@ def repack(parts: Sequence[Sequence[Tensors]], encoding: Encoding, shape: tuple[
     if not fits:
         raise ValueError(reason)
     n, k = shape
-    experts = len(parts[0])
     run = TILE // len(parts)
-    codes, meta, u_codes, u_scales, v_codes, v_meta, table = [], [], [], [], [], [], []
-    steps_before = tiles_before = 0
-    for members in zip(*parts, strict=True):
-        codes.append(_tile_codes(_interleave([_codes(m, encoding, k) for m in members], run), encoding.bits))
-        scale = _interleave([m["weight_scale"] for m in members], run)
-        zero = _interleave([m["weight_zero"] for m in members], run)
-        meta.append(_tile_meta(scale, zero, encoding.group_size, k))
-        steps = -(-max(_rank(m) for m in members) // _RANKS)
-        row_tiles = -(-n // run)
-        v_tiles = -(-steps * _RANKS * len(parts) // TILE)
-        table.append([tiles_before, v_tiles, steps_before, steps])
-        steps_before, tiles_before = steps_before + steps * row_tiles, tiles_before + v_tiles
-        if steps:
-            ranks = steps * _RANKS
-            u_codes.append(_steps(_interleave([_factor(m, "lowrank_u", ranks, n)[:, :n].mT for m in members], run)))
-            u_scales.append(_step_scales([_factor_scale(m, "lowrank_u", ranks, n) for m in members], row_tiles, run))
-            rows = torch.cat([_factor(m, "lowrank_v", ranks, k) for m in members])
-            v_codes.append(_tile_codes(_pad(rows, v_tiles * TILE), encoding.bits))
-            scale = torch.cat([_factor_scale(m, "lowrank_v", ranks, k) for m in members])
-            if encoding.group_size == 32:
-                scale = scale.repeat_interleave(2, -1)
-            v_meta.append(_tile_meta(scale, torch.full_like(scale, _FACTOR_ZERO), min(encoding.group_size, 64), k))
-    device = codes[0].device
-    k_tiles = -(-k // TILE)
+    members = list(zip(*parts, strict=True))
+    table = _table(members, len(parts), -(-n // run))
+    packed = _allocate(table, encoding, shape, len(parts), members[0][0]["weight_packed"].device)
+    for expert, matrices in enumerate(members):  # one at a time: beside the result there is one expert's work
+        plain = [spread(m, encoding, k, TILE) for m in matrices]
+        codes, scale, zero = (_interleave(list(each), run) for each in zip(*plain, strict=True))
+        packed.codes[expert] = _tile_codes(codes, packed.bits)
+        packed.meta[expert] = _tile_meta(scale, zero, encoding.group_size, packed.columns)
+        if table[expert][3]:
+            _pack_compensator(packed, table[expert], matrices)
+    return packed
+
+
+def _table(members: Sequence[Sequence[Tensors]], parts: int, row_tiles: int) -> list[list[int]]:
+    """`PackedMatrix.table`: where each expert's compensator stands."""
+    table, tiles_before, steps_before = [], 0, 0
+    for matrices in members:
+        steps = -(-max(_rank(m) for m in matrices) // RANKS)
+        tiles = -(-steps * RANKS * parts // TILE)
+        table.append([tiles_before, tiles, steps_before, steps])
+        tiles_before, steps_before = tiles_before + tiles, steps_before + steps * row_tiles
+    return table
+
+
+def _allocate(
+    table: list[list[int]], encoding: Encoding, shape: tuple[int, int], parts: int, device: torch.device
+) -> PackedMatrix:
+    n, columns = shape[0], shape[1] * encoding.planes
+    experts, row_tiles, k_tiles = len(table), -(-n // (TILE // parts)), -(-columns // TILE)
+    records = -(-columns // max(encoding.group_size, TILE))
+    halves = 2 if encoding.group_size == 32 else 1
+    v_tiles = table[-1][0] + table[-1][1]
+    u_steps = table[-1][2] + table[-1][3] * row_tiles
+
+    def words(*sizes: int) -> torch.Tensor:
+        return torch.empty(sizes, dtype=torch.int32, device=device)
+
+    def numbers(*sizes: int) -> torch.Tensor:
+        return torch.empty(sizes, dtype=torch.float16, device=device)
+
     return PackedMatrix(
-        codes=torch.stack(codes),
-        meta=torch.stack(meta),
-        u_codes=torch.cat(u_codes) if u_codes else torch.empty(0, 3, 32, dtype=torch.int32, device=device),
-        u_scales=torch.cat(u_scales) if u_scales else meta[0].new_empty(0, len(parts), 16),
-        v_codes=torch.cat(v_codes) if v_codes else codes[0].new_empty(0, k_tiles, *codes[0].shape[2:]),
-        v_meta=torch.cat(v_meta) if v_meta else meta[0].new_empty(0, k_tiles, *meta[0].shape[2:]),
-        table=torch.tensor(table, dtype=torch.int32).reshape(experts, 4).to(device),
+        codes=words(experts, row_tiles, k_tiles, encoding.plane_bits, 32, 4),
+        meta=numbers(experts, row_tiles, records, 8 * halves, 8, 2),
+        u_codes=words(u_steps, 3, 32),
+        u_scales=numbers(u_steps, parts, RANKS),
+        v_codes=words(v_tiles, k_tiles, encoding.plane_bits, 32, 4),
+        v_meta=numbers(v_tiles, k_tiles, 8 * halves, 8, 2),
+        table=torch.tensor(table, dtype=torch.int32).to(device),
         out_features=n,
-        in_features=k,
-        bits=encoding.bits,
+        in_features=shape[1],
+        bits=encoding.plane_bits,
         group_size=encoding.group_size,
-        parts=len(parts),
+        parts=parts,
         v_row_tiles=max(row[1] for row in table),
+        planes=encoding.planes,
     )
+
+
+def _pack_compensator(packed: PackedMatrix, row: list[int], matrices: Sequence[Tensors]) -> None:
+    """Put the factors of one expert's matrices in their place."""
+    v_first, v_tiles, u_first, steps = row
+    n, k, ranks, run = packed.out_features, packed.in_features, steps * RANKS, TILE // packed.parts
+    row_tiles = packed.codes.shape[1]
+    here = slice(u_first, u_first + row_tiles * steps)
+    packed.u_codes[here] = _steps(_interleave([_factor(m, "lowrank_u", ranks, n)[:, :n].mT for m in matrices], run))
+    packed.u_scales[here] = _step_scales([_factor_scale(m, "lowrank_u", ranks, n) for m in matrices], row_tiles, run)
+    here = slice(v_first, v_first + v_tiles)
+    rows = torch.cat([_factor(m, "lowrank_v", ranks, k) for m in matrices])
+    rows = F.pad(rows, (0, (packed.planes - 1) * k), value=FACTOR_ZERO)  # V multiplies x once, whatever the planes
+    packed.v_codes[here] = _tile_codes(_pad(rows, v_tiles * TILE), packed.bits)
+    scale = torch.cat([_factor_scale(m, "lowrank_v", ranks, k) for m in matrices])
+    scale = F.pad(scale, (0, (packed.planes - 1) * scale.shape[1])).repeat_interleave(packed.halves, -1)
+    zero = torch.full_like(scale, FACTOR_ZERO)
+    packed.v_meta[here] = _tile_meta(scale, zero, min(packed.group_size, FACTOR_GROUP), packed.columns)
 
 
 def _rank(tensors: Tensors) -> int:
     return tensors["lowrank_u"].shape[0] if "lowrank_u" in tensors else 0
 
 
-def _codes(tensors: Tensors, encoding: Encoding, k: int) -> torch.Tensor:
-    return F.pad(unpack_words(tensors["weight_packed"], encoding.bits, k), (0, -k % TILE))
-
-
 def _factor(tensors: Tensors, name: str, ranks: int, length: int) -> torch.Tensor:
     """Codes of a factor, uint8 `[ranks, length]`, ranks it lacks filled with the code of 0."""
     if _rank(tensors) == 0:
         template = tensors["weight_packed"]
-        return torch.full((ranks, length + -length % TILE), _FACTOR_ZERO, dtype=torch.uint8, device=template.device)
+        return torch.full((ranks, length + -length % TILE), FACTOR_ZERO, dtype=torch.uint8, device=template.device)
     codes = unpack_words(tensors[name], 3, length)
-    return F.pad(codes, (0, -length % TILE, 0, ranks - codes.shape[0]), value=_FACTOR_ZERO)
+    return F.pad(codes, (0, -length % TILE, 0, ranks - codes.shape[0]), value=FACTOR_ZERO)
 
 
 def _factor_scale(tensors: Tensors, name: str, ranks: int, length: int) -> torch.Tensor:
@@ -203,7 +244,7 @@ def _tile_codes(codes: torch.Tensor, bits: int) -> torch.Tensor:
 
 def _steps(rows: torch.Tensor) -> torch.Tensor:
     """uint8 `[N, ranks]` (multiples of 64 and 16) to int32 `[N/64 * ranks/16, 3, 32]`."""
-    tiled = rows.reshape(-1, 4, 2, 8, rows.shape[1] // _RANKS, 2, 4, 2)  # tile mt rh g | step c q e
+    tiled = rows.reshape(-1, 4, 2, 8, rows.shape[1] // RANKS, 2, 4, 2)  # tile mt rh g | step c q e
     tiled = tiled.permute(0, 4, 3, 6, 1, 5, 2, 7)  # tile step | g q (lane) | mt c rh (pair) | e
     words = _words(tiled.reshape(-1, 32, 16, 2), 3)
     return words.permute(0, 2, 1).contiguous()
@@ -227,7 +268,7 @@ def _words(pairs: torch.Tensor, bits: int) -> torch.Tensor:
 def _step_scales(parts: list[torch.Tensor], row_tiles: int, run: int) -> torch.Tensor:
     """`[ranks, groups]` a part to `[row tile * step, parts, 16]`: the scale of a row tile's group."""
     group = torch.arange(row_tiles, device=parts[0].device) * run // FACTOR_GROUP
-    spread = torch.stack([p[:, group].mT.unflatten(-1, (-1, _RANKS)) for p in parts], 2)
+    spread = torch.stack([p[:, group].mT.unflatten(-1, (-1, RANKS)) for p in parts], 2)
     return spread.flatten(0, 1).contiguous()
 
 

@@ -8,11 +8,16 @@ matrix products change hands.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
+from milo import ops
 from milo.modules.matrix import CompressedMatrix
+
+if TYPE_CHECKING:
+    from milo.modules.packed import PackedWeight
 
 
 class Projection:
@@ -41,6 +46,9 @@ class CompressedExperts(nn.Module):
     """
 
     projections: dict[str, Projection]
+    activation: str | None = None  # of the gate, once the weights are in the kernels' layout:
+    packed_gate_up: PackedWeight
+    packed_down: PackedWeight
     # Of the class behind the mixin:
     num_experts: int
     has_gate: bool
@@ -62,6 +70,9 @@ class CompressedExperts(nn.Module):
         Returns:
             `[T, H]` in the dtype of `hidden_states`.
         """
+        if self.activation is not None:
+            first, second = self.packed_gate_up.matrix, self.packed_down.matrix
+            return ops.moe_ffn(hidden_states, first, second, top_k_index, top_k_weights, self.activation)
         output = torch.zeros_like(hidden_states)
         for expert in top_k_index.unique().tolist():
             if expert >= self.num_experts:

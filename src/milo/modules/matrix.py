@@ -1,18 +1,24 @@
 """Modules that own the tensors of compressed matrices.
 
 The parameters carry the names of the format (`weight_packed`, ..., `lowrank_v_scale`), so that a state dict and a
-folder on disk are the same thing. They stay packed; a use dequantises what it needs and forgets it.
+folder on disk are the same thing. They stay packed; a use dequantises what it needs and forgets it, unless
+`milo.modules.packed` has moved the matrix to the kernels' layout.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
+from milo import ops
 from milo.format.matrix import Encoding
 from milo.kernels.reference import linear, reconstruct
+
+if TYPE_CHECKING:
+    from milo.modules.packed import PackedWeight
 
 _DTYPES = {"I32": torch.int32, "F16": torch.float16, "U8": torch.uint8}
 
@@ -42,6 +48,18 @@ class CompressedMatrix(nn.Module):
         for name, spec in encoding.tensors(full, sum(self.ranks)).items():
             empty = torch.empty(spec.shape, dtype=_DTYPES[spec.dtype], device=device)
             self.register_parameter(name, nn.Parameter(empty, requires_grad=False))
+        self._source: Callable[[int], Mapping[str, torch.Tensor]] | None = None
+
+    @property
+    def released(self) -> bool:
+        """Whether the tensors are held elsewhere (see `release`)."""
+        return self._source is not None
+
+    def release(self, source: Callable[[int], Mapping[str, torch.Tensor]]) -> None:
+        """Give the tensors up; from now on `source` makes those of a member whenever they are asked for."""
+        for name in [name for name in self._parameters if name != "bias"]:
+            del self._parameters[name]
+        self._source = source
 
     def fill(self, member: int, tensors: Mapping[str, torch.Tensor]) -> None:
         """Copy one solved matrix into its place."""
@@ -50,7 +68,9 @@ class CompressedMatrix(nn.Module):
             views[name].copy_(tensor)
 
     def member(self, member: int = 0) -> dict[str, torch.Tensor]:
-        """The tensors of one matrix (views), by suffix."""
+        """The tensors of one matrix by suffix: views, or fresh ones where they were released."""
+        if self._source is not None:
+            return dict(self._source(member))
         tensors = {name: parameter.data for name, parameter in self.named_parameters(recurse=False)}
         tensors.pop("bias", None)
         if not self.stacked:
@@ -68,22 +88,44 @@ class CompressedMatrix(nn.Module):
         return linear(x, self.member(member), self.encoding, self.shape)
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> CompressedMatrix:
-        # `model.half()` and the like would round fp16 scales to bf16; only the device of packed tensors may change.
-        kept = {id(p) for n, p in self.named_parameters(recurse=False) if n != "bias"}
+        stored = [tensor for name, tensor in self.named_parameters(recurse=False) if name != "bias"]
+        return super()._apply(device_only(fn, stored), recurse)
 
-        def keep_dtype(tensor: torch.Tensor) -> torch.Tensor:
-            moved = fn(tensor)
-            if id(tensor) not in kept or moved.dtype == tensor.dtype:
-                return moved
-            return tensor.to(moved.device)
-
-        return super()._apply(keep_dtype, recurse)
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self._source is None:
+            return
+        # To the host, one at a time: a second copy of the model may not fit the device.
+        members = [{n: t.cpu() for n, t in self._source(i).items()} for i in range(len(self.ranks))]
+        for name in sorted({name for member in members for name in member}):
+            parts = [member[name] for member in members if name in member]
+            if self.stacked:
+                parts = [torch.cat(parts) if name.startswith("lowrank") else torch.stack(parts)]
+            destination[prefix + name] = parts[0]
 
     def extra_repr(self) -> str:
         n, k = self.shape
         e = self.encoding
         stack = f", stack of {len(self.ranks)}" if self.stacked else ""
         return f"in={k}, out={n}, bits={e.bits}, group={e.group_size}, rank={sum(self.ranks)} {e.factor}{stack}"
+
+
+def device_only(
+    fn: Callable[[torch.Tensor], torch.Tensor], stored: Iterable[torch.Tensor]
+) -> Callable[[torch.Tensor], torch.Tensor]:
+    """What `nn.Module._apply` may do with packed tensors: `model.bfloat16()` and the like move them, but never round.
+
+    Args:
+        fn: what it does with the others.
+        stored: the packed tensors.
+    """
+    kept = {id(tensor) for tensor in stored}
+
+    def move(tensor: torch.Tensor) -> torch.Tensor:
+        moved = fn(tensor)
+        return tensor.to(moved.device) if id(tensor) in kept and moved.dtype != tensor.dtype else moved
+
+    return move
 
 
 class CompressedLinear(CompressedMatrix):
@@ -99,6 +141,7 @@ class CompressedLinear(CompressedMatrix):
     """
 
     bias: nn.Parameter | None
+    packed: PackedWeight | None
 
     def __init__(
         self,
@@ -114,6 +157,7 @@ class CompressedLinear(CompressedMatrix):
         self.dtype = dtype
         empty = torch.empty(shape[0], dtype=dtype, device=device) if bias else None
         self.register_parameter("bias", nn.Parameter(empty, requires_grad=False) if empty is not None else None)
+        self.packed = None
 
     @classmethod
     def like(cls, linear: nn.Linear, encoding: Encoding, rank: int, device: torch.device | str) -> CompressedLinear:
@@ -131,4 +175,6 @@ class CompressedLinear(CompressedMatrix):
 
     def forward(self, x: torch.Tensor, member: int = 0) -> torch.Tensor:
         """`x · Ŵᵀ + bias`."""
+        if self.packed is not None:
+            return ops.linear(x, self.packed.matrix, self.bias)
         return linear(x, self.member(member), self.encoding, self.shape, self.bias)

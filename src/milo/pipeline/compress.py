@@ -1,6 +1,7 @@
 """Compress a checkpoint folder: shard in, shard out, the model is never built.
 
-Memory is bounded by one piece of work (`milo.pipeline.work`), not by the model; the plan is carried out blindly.
+Memory is bounded by the items in flight (`milo.pipeline.work`), not by the model; the plan is carried out blindly. A
+run that ends early, however it ends, is continued by the same command (`milo.pipeline.journal`).
 """
 
 from __future__ import annotations
@@ -8,50 +9,56 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections import deque
-from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 import milo
-from milo.checkpoint.compressed import DIGEST_KEY, FORMAT_VERSION, QUANT_METHOD, REPORT
+from milo.checkpoint.compressed import FORMAT_VERSION, QUANT_METHOD, REPORT
+from milo.checkpoint.fingerprint import fingerprint
 from milo.checkpoint.inventory import Inventory, Kind
+from milo.checkpoint.layout import Shard
 from milo.checkpoint.source import INDEX, Checkpoint
-from milo.checkpoint.writer import FolderWriter, Shard, Unit, check_output, explained, lay_out
+from milo.checkpoint.writer import UNFINISHED, FolderWriter, check_output, explained
 from milo.errors import CheckpointError
-from milo.format.matrix import TensorSpec
-from milo.pipeline.card import model_card
-from milo.pipeline.work import one_thread, pieces, read_members, solve_piece, worker_count
+from milo.pipeline.book import Book, Progress
+from milo.pipeline.card import inherited_metadata, model_card
+from milo.pipeline.devices import open_pool, visible_devices
+from milo.pipeline.job import Job, Measured
+from milo.pipeline.journal import Journal
+from milo.pipeline.layout import MAX_SHARD_SIZE, copied_spec, lay_out_checkpoint
+from milo.pipeline.memory import Peak
+from milo.pipeline.schedule import in_order, take_canary
+from milo.pipeline.work import Item, pieces, work_items
 from milo.plan.plan import Plan, Row
 from milo.solve.stack import Solved
 
-MAX_SHARD_SIZE = 5_000_000_000
 LOADING_NOTE = (
     "Compressed with MiLo. `pip install milo-moe`, then `import milo` BEFORE transformers' from_pretrained; without "
     "it transformers warns of an unknown quant_method and fills the experts with random numbers."
 )
 
-# Called with (compressed weights so far, all of them, the group at work).
-Progress = Callable[[int, int, str], None]
-
 
 @dataclass(frozen=True)
 class Compressed:
-    """What a compression produced.
+    """What a compression produced, and what this run of it took.
 
     Attributes:
         folder: the output.
         report: what `milo_report.json` holds.
         seconds: wall time.
+        kept: compressed weights that an earlier run had finished.
+        stages: seconds spent reading, solving and writing, summed over the workers.
+        peak: memory, summed over the processes of this machine; of the GPU that took most.
     """
 
     folder: Path
     report: dict[str, Any]
     seconds: float
+    kept: int
+    stages: tuple[float, float, float]
+    peak: Peak
 
 
 def quantization_config(plan: Plan, base_model: str | None) -> dict[str, Any]:
@@ -67,29 +74,6 @@ def quantization_config(plan: Plan, base_model: str | None) -> dict[str, Any]:
     }
 
 
-def lay_out_checkpoint(
-    source: Checkpoint, inventory: Inventory, plan: Plan, max_shard_size: int = MAX_SHARD_SIZE
-) -> list[Shard]:
-    """The output's shards: copied tensors first, then the matrices in the plan's order."""
-    units: list[Unit] = [[(name, copied_spec(source, name))] for name in inventory.left]
-    for row in plan.rows:
-        tensors = row.tensors()
-        if row.kind is Kind.EXPERTS:
-            by_matrix: dict[str, list[tuple[str, TensorSpec]]] = {name: [] for name in row.matrices()}
-            for name, spec in tensors.items():
-                by_matrix[name.rpartition(".")[0]].append((name, spec))
-            units.extend(by_matrix.values())
-        else:
-            units.append(list(tensors.items()))
-    return lay_out(units, max_shard_size, {DIGEST_KEY: plan.digest})
-
-
-def copied_spec(source: Checkpoint, name: str) -> TensorSpec:
-    """dtype and shape of a tensor that is not compressed; FP8 is written out as bfloat16."""
-    info = source.tensors[name]
-    return TensorSpec("BF16" if info.dtype == "F8_E4M3" else info.dtype, info.shape)
-
-
 def compress_checkpoint(
     source: Checkpoint,
     inventory: Inventory,
@@ -97,80 +81,83 @@ def compress_checkpoint(
     out: str | Path,
     *,
     base_model: str | None = None,
-    device: str = "cpu",
+    command: str | None = None,
+    devices: str | Sequence[str] = "cpu",
+    workers: int | None = None,
+    ray: bool = False,
     max_shard_size: int = MAX_SHARD_SIZE,
     overwrite: bool = False,
+    restart: bool = False,
     progress: Progress = lambda done, total, name: None,
 ) -> Compressed:
-    """Carry a plan out.
+    """Carry a plan out, or go on with it where an earlier run stopped.
 
     Args:
         source: the opened source.
         inventory: what it holds.
         plan: what to do.
-        out: output folder; must not exist or be empty.
+        out: output folder; new, empty, or with an unfinished run of the same plan, source and shard size.
         base_model: name to record for the source.
-        device: where matrices are solved.
+        command: what the user typed, for the report.
+        devices: where matrices are solved, see `milo.pipeline.devices.visible_devices`. Several GPUs get a process
+            each, so a script that names them needs the usual `if __name__ == "__main__"`.
+        workers: threads if the CPU solves; its cores by default.
+        ray: solve on a Ray cluster instead.
         max_shard_size: bytes a shard.
-        overwrite: replace an existing output.
+        overwrite: replace a finished output.
+        restart: throw an unfinished run away.
         progress: see `Progress`.
 
     Raises:
-        CheckpointError: unreadable source, output not empty, disk full.
+        CheckpointError: unreadable source, output that holds something else, disk full.
+        DeviceError: a device that is absent or has too little memory.
         WeightError: NaN or Inf in a matrix.
     """
-    check_destination(source, Path(out), overwrite)
     begin = time.perf_counter()
+    out, devices = Path(out), visible_devices(devices)
+    check_destination(source, out, overwrite)
+    if ray:  # its workers have other working directories
+        source, out = Checkpoint(source.folder.absolute()), out.absolute()
     shards = lay_out_checkpoint(source, inventory, plan, max_shard_size)
-    writer = FolderWriter(Path(out), shards, overwrite)
-    matrices: list[dict[str, Any]] = []
+    writer = FolderWriter(out, shards)
+    groups = {group.name: group for group in inventory.groups}
+    job = Job(source, groups, plan, tuple(inventory.left), writer.place)
+    items = work_items(plan, {name: copied_spec(source, name).nbytes for name in inventory.left})
+    journal = _open_journal(writer, _header(source, plan, max_shard_size), restart)
+    book = Book(job, journal, writer, progress)
     try:
-        for name in inventory.left:
-            _copy(source, name, writer)
-        done = 0
-        progress(done, plan.parameters, "")
-        for row, members, solved in _solve_all(source, inventory, plan, device):
-            for member, result in zip(members, solved, strict=True):
-                write_matrix(writer, row, member, result.tensors)
-                matrices.append(describe(row, member, result))
-            done += len(members) * row.shape[0] * row.shape[1]
-            progress(done, plan.parameters, row.name)
+        book.recover(items)
+        kept = book.weights
+        pool = None
+        left = [item for item in in_order(items, plan) if item not in book.done]
+        try:
+            if left:
+                pool = open_pool(job, devices, workers, ray)
+                for part in take_canary(left, plan, pool.workers):
+                    book.enter(pool.run(part))
+        finally:
+            if pool is not None:
+                pool.close()
+        book.settle()
         seconds = time.perf_counter() - begin
-        report = {**summary(plan, shards), "seconds": round(seconds, 2), "matrices": matrices}
+        matrices = [
+            describe(row, member, measured)
+            for row in plan.rows
+            for members in pieces(row)
+            for member, measured in zip(
+                members, book.done[Item(row.name, members.start, members.stop)].matrices, strict=True
+            )
+        ]
+        report = {**summary(plan, shards), "command": command, "seconds": round(seconds, 2), "matrices": matrices}
         config = {**source.config, "quantization_config": quantization_config(plan, base_model)}
-        with explained(Path(out)):
-            _copy_side_files(source.folder, Path(out))
-        card = model_card(config, report, base_model)
+        with explained(out):
+            _copy_side_files(source.folder, out)
+        card = model_card(config, report, base_model, inherited_metadata(source.folder))
         writer.finish({REPORT: json.dumps(report, indent=1), "README.md": card}, config)
     finally:
-        writer.close()
-    return Compressed(Path(out), report, seconds)
-
-
-def _solve_all(
-    source: Checkpoint, inventory: Inventory, plan: Plan, device: str
-) -> Iterator[tuple[Row, range, list[Solved]]]:
-    """Solve every piece, several at a time, and yield them in order; few are ever in flight, so memory is bounded."""
-    groups = {group.name: group for group in inventory.groups}
-
-    def solve(row: Row, members: range) -> list[Solved]:
-        weight = read_members(source, groups[row.name], members).to(device)
-        return solve_piece(weight, row, members, plan.rounds)
-
-    work = ((row, members) for row in plan.rows for members in pieces(row))
-    workers = worker_count(device)
-    pool = ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,))
-    flying: deque[tuple[Row, range, Future[list[Solved]]]] = deque()
-    with one_thread():
-        try:
-            for row, members in work:
-                flying.append((row, members, pool.submit(solve, row, members)))
-                if len(flying) > workers:
-                    yield (first := flying.popleft())[0], first[1], first[2].result()
-            while flying:
-                yield (first := flying.popleft())[0], first[1], first[2].result()
-        finally:  # after an error or Ctrl-C nobody waits for pieces that are being solved, and no other begins
-            pool.shutdown(wait=False, cancel_futures=True)
+        book.close()
+        journal.close()
+    return Compressed(out, report, seconds, kept, book.stages, book.peak())
 
 
 def check_destination(source: Checkpoint, out: Path, overwrite: bool) -> None:
@@ -184,21 +171,37 @@ def check_destination(source: Checkpoint, out: Path, overwrite: bool) -> None:
     check_output(out, overwrite)
 
 
-def write_matrix(writer: FolderWriter, row: Row, member: int, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Write one solved matrix, into its place in the stack if it is part of one."""
-    if row.kind is not Kind.STACK:
-        prefix = row.matrices()[member]
-        for suffix, tensor in tensors.items():
-            writer.write(f"{prefix}.{suffix}", tensor)
-        return
-    for suffix, tensor in tensors.items():
-        if suffix.startswith("lowrank"):
-            writer.write(f"{row.name}.{suffix}", tensor, first_row=sum(row.ranks[:member]))
-        else:
-            writer.write(f"{row.name}.{suffix}", tensor[None], first_row=member)
+def _open_journal(writer: FolderWriter, header: Mapping[str, Any], restart: bool) -> Journal:
+    """The journal of the run that is to be continued, or a new one; the folder is cleared of everything else."""
+    resumed = (writer.folder / UNFINISHED).exists() and not restart
+    if resumed:
+        journal = Journal.resume(writer.folder, header)
+    else:
+        writer.check_space(keep=False)
+        journal = Journal.begin(writer.folder, header)
+    try:
+        if resumed:
+            writer.check_space(keep=True)
+        writer.clear(keep=resumed)
+    except BaseException:
+        journal.close()
+        raise
+    return journal
 
 
-def describe(row: Row, member: int, solved: Solved) -> dict[str, Any]:
+def _header(source: Checkpoint, plan: Plan, max_shard_size: int) -> dict[str, Any]:
+    """What a run is: only the same one may go on with its output."""
+    return {
+        "milo version": milo.__version__,
+        "format version": FORMAT_VERSION,
+        "plan": plan.digest,
+        "recipe": plan.recipe,
+        "shard size": max_shard_size,
+        "source": fingerprint(source),
+    }
+
+
+def describe(row: Row, member: int, solved: Solved | Measured) -> dict[str, Any]:
     """One matrix's entry in the report."""
     return {
         "name": row.name.replace("*", str(member)) if row.kind is Kind.EXPERTS else row.name,
@@ -226,14 +229,6 @@ def summary(plan: Plan, shards: list[Shard]) -> dict[str, Any]:
         "bits_per_weight": plan.bits_per_weight,
         "files_bytes": sum(shard.nbytes for shard in shards),
     }
-
-
-def _copy(source: Checkpoint, name: str, writer: FolderWriter) -> None:
-    info = source.tensors[name]
-    if info.dtype == "F8_E4M3":
-        writer.write(name, source.read(name))
-    else:
-        writer.copy(name, info.file, info.begin, info.end)
 
 
 def side_files(source: Path) -> list[Path]:

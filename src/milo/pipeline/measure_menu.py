@@ -58,7 +58,7 @@ def measure_menu(
     errors: dict[str, Errors] = {name: {encoding: [] for encoding in menu} for name in groups}
 
     def solve(row: Row, members: range) -> tuple[float, Errors]:
-        weight = read_members(source.checkpoint, groups[row.name], members).to(device).float()
+        weight = read_members(source.checkpoint, groups[row.name], members).on(device).float()
         return _errors(weight, menu, ranks, row.name)
 
     total, done = sum(row.parameters for row in rows), 0
@@ -113,7 +113,9 @@ def _promising(
     allowed = [rank for rank in ranks if rank <= min(out_features, in_features) // 4]
     if not allowed:
         return {}
-    carried = fit_lowrank(weight, max(allowed)).energy.double().cumsum(-1)
+    width = max(allowed)
+    right = fit_lowrank(weight, torch.full((len(weight),), width, device=weight.device), width).right
+    carried = torch.linalg.eigvalsh((right @ right.mT).double()).flip(-1).cumsum(-1)  # by the leading directions
     chosen: dict[int, list[int]] = {}
     for rank in allowed:
         taken = sum(spec.nbytes for spec in encoding.factor_tensors(out_features, in_features, rank).values())

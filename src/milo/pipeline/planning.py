@@ -62,6 +62,12 @@ def plan_source(
     return make_plan(source.inventory, recipe, source.checkpoint.config, evidence)
 
 
-def peak_bytes(plan: Plan, device: str = "cpu") -> int:
-    """Peak memory of carrying the plan out on this machine, the Python process itself excluded."""
-    return worker_count(device) * max(piece_bytes(row) for row in plan.rows)
+def peak_bytes(plan: Plan, device: str = "cpu", workers: int | None = None) -> int:
+    """Peak memory of carrying the plan out with `workers` items at a time, the Python process itself excluded.
+
+    Args:
+        plan: what is done.
+        device: where; each GPU has one item at a time.
+        workers: CPU threads, all cores by default.
+    """
+    return (workers or worker_count(device)) * max(piece_bytes(row) for row in plan.rows)

@@ -1,31 +1,99 @@
-"""Work items: how a group of matrices is read and solved in pieces of bounded size.
+"""Work items: how a model is read, solved and written in portions of bounded size.
 
-A piece is at most `PIECE` elements (but at least one matrix), whatever the machine: its size decides which matrices
-share a batch, and so the last bits of the result. On a CPU a piece is solved by one thread, for the same reason, and
-the cores share the work by solving different pieces (`one_thread`).
+An item is some members of one group of matrices, at most `PIECE` elements (but at least one matrix), or some of the
+tensors that are only copied. Its size is fixed whatever the machine, since it decides which matrices share a batch,
+and so the last bits of the result; on a CPU an item is solved by one thread (`one_thread`), for the same reason. So
+items may be solved in any order by any number of threads, GPUs or machines, and the files are the same.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 
 from milo.checkpoint.inventory import Group, Kind
-from milo.checkpoint.source import Checkpoint
-from milo.plan.plan import Row
+from milo.checkpoint.source import TORCH_DTYPES, Checkpoint, multiply_out
+from milo.plan.plan import Plan, Row
 from milo.solve.stack import Solved, solve_stack
 
 PIECE = 1 << 24
+COPIED = 1 << 28  # bytes of copied tensors in an item (or a single one)
 # Measured peak of `solve_stack` in float32 copies of its input (the source tensor and the result included).
 COPIES = 8
 
 
+@dataclass(frozen=True)
+class Item:
+    """A portion of the work, the same on every machine.
+
+    Attributes:
+        row: name of the plan's row; empty for tensors that are copied.
+        first: the first member (of the row, or of the list of copied tensors).
+        stop: one past the last.
+    """
+
+    row: str
+    first: int
+    stop: int
+
+    @property
+    def key(self) -> str:
+        """Its name in the journal."""
+        return f"{self.row}[{self.first}:{self.stop}]"
+
+    @property
+    def members(self) -> range:
+        return range(self.first, self.stop)
+
+
+@dataclass(frozen=True)
+class Stack:
+    """Source weights of some members, `[E, N, K]` as stored, and the block scales of FP8 weights.
+
+    The scales are multiplied in on the device that solves: a CPU thread would be slower than the GPU it feeds.
+    """
+
+    weight: torch.Tensor
+    scales: torch.Tensor | None = None
+    block: Sequence[int] = (128, 128)
+
+    def on(self, device: str) -> torch.Tensor:
+        """The weights on a device, bfloat16 where they were FP8."""
+        weight = self.weight.to(device, non_blocking=True)
+        if self.scales is None:
+            return weight
+        return multiply_out(weight, self.scales.to(device), self.block)
+
+
+def work_items(plan: Plan, copied: Mapping[str, int]) -> list[Item]:
+    """Everything that is to be done, in the order of the output.
+
+    Args:
+        plan: what is compressed.
+        copied: the other tensors and their bytes.
+    """
+    items = []
+    first = size = 0
+    for position, nbytes in enumerate(copied.values()):
+        if position > first and size + nbytes > COPIED:
+            items.append(Item("", first, position))
+            first, size = position, 0
+        size += nbytes
+    if copied:
+        items.append(Item("", first, len(copied)))
+    items += [Item(row.name, members.start, members.stop) for row in plan.rows for members in pieces(row)]
+    return items
+
+
 def worker_count(device: str) -> int:
     """Pieces that are solved at the same time: the cores of a CPU (up to 8, then Python is the limit), one on a GPU."""
-    return min(os.cpu_count() or 1, 8) if device == "cpu" else 1
+    if device != "cpu":
+        return 1
+    return min(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1, 8)
 
 
 @contextmanager
@@ -52,18 +120,43 @@ def solve_piece(weight: torch.Tensor, row: Row, members: range, rounds: int) -> 
     return solve_stack(weight, ranks, row.encoding, row.grid, rounds, row.name)
 
 
-def read_members(checkpoint: Checkpoint, group: Group, members: range) -> torch.Tensor:
-    """Source weights of some members as one stack `[len(members), N, K]`, source dtype."""
+def read_members(checkpoint: Checkpoint, group: Group, members: range, pinned: bool = False) -> Stack:
+    """Source weights of some members.
+
+    Args:
+        checkpoint: where they are.
+        group: whose members.
+        members: which.
+        pinned: into page-locked memory, from which a GPU copies without waiting.
+    """
+    names = [group.members[0]] if group.kind is Kind.STACK else [group.members[m] for m in members]
+    stored = checkpoint.tensors[names[0]]
+    shape = stored.shape[-2:]
+    dtype = TORCH_DTYPES[stored.dtype]
+    # The device is named because transformers calls this while its default is `meta`.
+    weight = torch.empty(len(members), *shape, dtype=dtype, device="cpu", pin_memory=pinned)
     if group.kind is Kind.STACK:
-        stack = checkpoint.read(group.members[0])[members.start : members.stop]
-        return stack.mT if group.transposed else stack
-    return torch.stack([checkpoint.read(group.members[m]) for m in members])
+        checkpoint.read_into(names[0], weight, members.start)
+    else:
+        for name, matrix in zip(names, weight, strict=True):
+            checkpoint.read_into(name, matrix)
+    scales = None
+    if stored.dtype == "F8_E4M3":
+        found = [checkpoint.block_scales(name) for name in names]
+        if group.kind is Kind.STACK:
+            scales = found[0][members.start : members.stop]  # type: ignore[index]
+        else:
+            scales = torch.stack(found)  # type: ignore[arg-type]
+    if group.transposed:
+        weight, scales = weight.mT, scales if scales is None else scales.mT
+    block = checkpoint.scale_block
+    return Stack(weight, scales, block[::-1] if group.transposed else block)
 
 
 def read_matrices(checkpoint: Checkpoint, group: Group) -> Iterator[torch.Tensor]:
     """The matrices of a group one by one, `[N, K]`."""
     for member in range(group.count):
-        yield read_members(checkpoint, group, range(member, member + 1))[0]
+        yield read_members(checkpoint, group, range(member, member + 1)).on("cpu")[0]
 
 
 def piece_bytes(row: Row) -> int:

@@ -28,15 +28,17 @@ from dataclasses import dataclass
 import torch
 
 from milo.format.matrix import Encoding
-from milo.solve.grid import Grid, decode, encode
-from milo.solve.lowrank import fit_lowrank
+from milo.kernels.solver import calls
+from milo.solve.grid import Grid, quantise
+from milo.solve.lowrank import LowRank, fit_lowrank
 
 WINDOW = 3
 TOLERANCE = 1e-4
 # Chosen on four matrices of a trained Mixtral at 11 and 21 rounds, see docs/log.md.
 DITHER = 0.4
 DITHER_SPAN = 0.9
-_SEED = 0
+# Noiseless rounds between two looks at whether anybody still goes on: each is a host sync.
+LOOK_EVERY = 4
 
 
 # Chooses scales and zeros for a target `[E, N, K]`.
@@ -50,18 +52,28 @@ class Iterate:
     Attributes:
         codes: uint8 `[E, N, K]`.
         grid: scales and zeros.
-        u: float32 `[E, N, r]`, columns beyond a matrix's own rank are zero.
-        v: float32 `[E, r, K]`, likewise.
+        fit: factors, columns and rows beyond a matrix's own rank are zero.
         error: float64 `[E]`, `ε` of the kept round.
         rounds: int64 `[E]`, rounds that ran.
     """
 
     codes: torch.Tensor
     grid: Grid
-    u: torch.Tensor
-    v: torch.Tensor
+    fit: LowRank
     error: torch.Tensor
     rounds: torch.Tensor
+
+    def take(self, better: torch.Tensor, other: Iterate) -> None:
+        """Replace the members for which `better [E]` holds, without asking the device which these are."""
+        chosen = better[:, None, None]
+        self.codes = torch.where(chosen, other.codes, self.codes)
+        self.grid = Grid(
+            torch.where(chosen, other.grid.scale, self.grid.scale), torch.where(chosen, other.grid.zero, self.grid.zero)
+        )
+        self.fit = LowRank(
+            torch.where(chosen, other.fit.left, self.fit.left), torch.where(chosen, other.fit.right, self.fit.right)
+        )
+        self.error = torch.where(better, other.error, self.error)
 
 
 def alternate(
@@ -85,72 +97,61 @@ def alternate(
         factors_first: start from the best factors of the weights themselves (`U⁰V⁰ ≈ W`) instead of from nothing.
 
     Returns:
-        The best round of every matrix; a matrix that has stopped costs nothing afterwards.
+        The best round of every matrix. A matrix that has stopped keeps what it has while the others go on.
     """
-    stack, out_features, in_features = weight.shape
-    device, top_rank = weight.device, max(ranks)
+    device, width = weight.device, max(ranks)
     rank_of = torch.tensor(ranks, device=device)
-    kept = torch.arange(top_rank, device=device) < rank_of[:, None]  # [E, r]
-
-    best = Iterate(
-        codes=torch.zeros(weight.shape, dtype=torch.uint8, device=device),
-        grid=Grid(*(torch.zeros(stack, out_features, encoding.groups(in_features), device=device) for _ in "sz")),
-        u=torch.zeros(stack, out_features, top_rank, device=device),
-        v=torch.zeros(stack, top_rank, in_features, device=device),
-        error=torch.full((stack,), torch.inf, dtype=torch.float64, device=device),
-        rounds=torch.zeros(stack, dtype=torch.int64, device=device),
-    )
-    history: list[torch.Tensor] = []  # one [E] a noiseless round; NaN where a matrix had stopped
-    noise = torch.Generator(device).manual_seed(_SEED)
-    alive = torch.arange(stack, device=device)
-    work, target, basis = weight, weight, None
+    going = torch.ones(len(ranks), dtype=torch.bool, device=device)
+    ran = torch.zeros(len(ranks), dtype=torch.int64, device=device)
+    history: list[torch.Tensor] = []  # one [E] a noiseless round
+    best, target, basis = None, weight, None
     if factors_first:
-        start = fit_lowrank(weight, top_rank)
-        target = weight - (start.u * kept[:, None]) @ start.v
+        start = fit_lowrank(weight, rank_of, width)
+        target = weight - start.left @ start.right
+        del start
     for number in range(1, rounds + 1):
         grid = search(target, encoding)
-        codes = encode(target, grid, encoding)
-        residual = work - decode(codes, grid, encoding)
-        fit = fit_lowrank(residual, top_rank, basis)
-        keep = kept[alive]
-        u, v = fit.u * keep[:, None], fit.v * keep[..., None]
-
-        explained = (fit.energy * keep).sum(-1, dtype=torch.float64)
-        norm = torch.linalg.vector_norm(residual, dim=(1, 2)).double()
-        error = (norm.square() - explained).clamp(min=0).sqrt()
-        best.rounds[alive] = number
-        better = error < best.error[alive]
-        winners = alive[better]
-        best.codes[winners], best.error[winners] = codes[better], error[better]
-        best.grid.scale[winners], best.grid.zero[winners] = grid.scale[better], grid.zero[better]
-        best.u[winners], best.v[winners] = u[better], v[better]
+        codes, residual, norm = quantise(weight, target, grid, encoding)
+        target = weight  # nobody needs the old one
+        fit, basis = fit_lowrank(residual, rank_of, width, basis), None
+        error = (norm.square() - fit.energy).clamp(min=0).sqrt()
+        del residual
+        ran += going
+        now = Iterate(codes, grid, fit, error, ran)
+        if best is None:
+            best = now
+        else:
+            best.take(going & (error < best.error), now)
 
         amplitude = dither * max(0.0, 1 - number / (DITHER_SPAN * rounds))
-        basis, scale = fit.basis, grid.scale
         if amplitude == 0:
-            history.append(torch.full((stack,), torch.nan, dtype=torch.float64, device=device))
-            history[-1][alive] = error
-            going = ~_settled(history)[alive]
-            if not going.any():
-                break
-            if not going.all():
-                alive, work, u, v = alive[going], work[going], u[going], v[going]
-                basis = basis[going] if basis is not None else None
+            history.append(error)
+            if len(history) > WINDOW:
+                going = going & ~_settled(history)
+                if len(history) % LOOK_EVERY == 0 and not going.any():
+                    break
         if number < rounds:
-            target = work - u @ v
-            if amplitude:
-                _dither(target, scale, encoding, amplitude, noise)
+            basis = fit.basis
+            target = next_target(weight, fit, grid, encoding, amplitude, number)
+    assert best is not None
     return best
 
 
-def _dither(
-    target: torch.Tensor, scale: torch.Tensor, encoding: Encoding, amplitude: float, noise: torch.Generator
-) -> None:
-    """Add uniform noise of `amplitude` steps in place; the same noise for every matrix, which need not know it."""
-    shape = target.shape[1:]
-    draw = torch.rand(shape, generator=noise, device=target.device).sub_(0.5).mul_(amplitude)
-    for matrix, steps in zip(target, scale, strict=True):
-        matrix.addcmul_(draw, steps.repeat_interleave(encoding.group_size, -1)[:, : shape[1]])
+def next_target(
+    weight: torch.Tensor, fit: LowRank, grid: Grid, encoding: Encoding, amplitude: float, number: int
+) -> torch.Tensor:
+    """`W − U·V`, plus uniform noise of `amplitude` steps; the same noise for every matrix, which need not know it."""
+    if calls.usable(weight):
+        product = fit.left.bfloat16() @ fit.right.bfloat16()
+        return calls.retarget(weight, product, grid.scale, encoding.group_size, amplitude, number)
+    target = weight - fit.left @ fit.right
+    if amplitude:
+        shape = weight.shape[1:]
+        generator = torch.Generator(weight.device).manual_seed(number)
+        draw = torch.rand(shape, generator=generator, device=weight.device).sub_(0.5).mul_(amplitude)
+        for matrix, steps in zip(target, grid.scale, strict=True):
+            matrix.addcmul_(draw, steps.repeat_interleave(encoding.group_size, -1)[:, : shape[1]])
+    return target
 
 
 def _settled(history: list[torch.Tensor]) -> torch.Tensor:

@@ -14,11 +14,12 @@ from __future__ import annotations
 import torch
 from torch.nn import functional as F
 
-from milo.format.codes import pack_words
 from milo.format.matrix import FACTOR_BITS, FACTOR_GROUP
+from milo.kernels.solver import calls
+from milo.solve.grid import pack
 
 # Fractions of the range at which the largest magnitude is placed; below 1 the largest values are clipped.
-_CANDIDATES = {3: (0.55, 0.62, 0.69, 0.76, 0.83, 0.9, 0.97, 1.04, 1.12), 8: (0.98, 1.0)}
+CANDIDATES = {3: (0.55, 0.62, 0.69, 0.76, 0.83, 0.9, 0.97, 1.04, 1.12), 8: (0.98, 1.0)}
 _RIDGE = 1e-6
 
 
@@ -32,13 +33,15 @@ def round_rows(rows: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tenso
     Returns:
         Codes, uint8 `[..., L]`, and signed fp16 scales `[..., ceil(L/64)]`.
     """
+    if calls.usable(rows):
+        return calls.round_rows(rows, bits, CANDIDATES[bits])
     length = rows.shape[-1]
     groups = F.pad(rows, (0, -length % FACTOR_GROUP)).unflatten(-1, (-1, FACTOR_GROUP))
     low, high = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
     top = groups.abs().amax(-1)
     best_scale = torch.zeros_like(top)
     best_error = groups.square().sum(-1)  # of the all-zero group
-    for fraction in _CANDIDATES[bits]:
+    for fraction in CANDIDATES[bits]:
         for sign in (1.0, -1.0):
             scale = top * (sign * fraction / -low)
             for _ in range(2):  # the second time with the scale refitted to the codes
@@ -62,17 +65,17 @@ def value_of(codes: torch.Tensor, scales: torch.Tensor, bits: int) -> torch.Tens
 def round_factors(
     residual: torch.Tensor, u: torch.Tensor, v: torch.Tensor, kind: str
 ) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-    """Write one compensator in its stored form, V refitted to the rounded U.
+    """Write compensators in their stored form, V refitted to the rounded U.
 
     Args:
-        residual: float32 `[N, K]`, what `u @ v` approximates.
-        u: float32 `[N, r]`.
-        v: float32 `[r, K]`.
+        residual: float32 `[..., N, K]`, what `u @ v` approximates.
+        u: float32 `[..., N, r]`; columns of zeros stay zeros.
+        v: float32 `[..., r, K]`.
         kind: `int3`, `int8` or `fp16`.
 
     Returns:
         The tensors `lowrank_u`, `lowrank_v` (and their scales), and the product of the stored factors, float32
-        `[N, K]`.
+        `[..., N, K]`.
     """
     bits = FACTOR_BITS[kind]
     tensors: dict[str, torch.Tensor] = {}
@@ -88,19 +91,18 @@ def _store(rows: torch.Tensor, bits: int, name: str, tensors: dict[str, torch.Te
         tensors[name] = rows.half().contiguous()
         return tensors[name].float()
     codes, scales = round_rows(rows.contiguous(), bits)
-    tensors[name] = pack_words(codes, bits)
+    tensors[name] = pack(codes, bits)
     tensors[name + "_scale"] = scales
     return value_of(codes, scales, bits)
 
 
 def _refit(residual: torch.Tensor, stored_u: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    """Least squares for V given rounded Uᵀ `[r, N]`; the old V where the normal equations are singular."""
+    """Least squares for V given rounded Uᵀ `[..., r, N]`; the old V where the normal equations are singular."""
     gram = stored_u @ stored_u.mT
-    gram.diagonal().add_(_RIDGE * gram.diagonal().mean() + 1e-30)
+    diagonal = gram.diagonal(dim1=-2, dim2=-1)
+    diagonal.add_(_RIDGE * diagonal.mean(-1, keepdim=True) + 1e-30)
     root, info = torch.linalg.cholesky_ex(gram)
-    if info.item() != 0:
-        return v
-    return torch.cholesky_solve(stored_u @ residual, root)
+    return torch.where((info == 0)[..., None, None], torch.cholesky_solve(stored_u @ residual, root), v)
 
 
 def _nearest(groups: torch.Tensor, scale: torch.Tensor, low: int, high: int) -> torch.Tensor:

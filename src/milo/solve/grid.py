@@ -11,11 +11,12 @@ from dataclasses import dataclass
 
 import torch
 
-from milo.format.codes import pack_bytes
+from milo.format.codes import pack_bytes, pack_words
 from milo.format.matrix import Encoding
+from milo.kernels.solver import calls
 
 # A group whose range is tiny beside its magnitude would need a huge zero, which fp16 cannot hold to half a code.
-_MAX_ZERO = 512.0
+MAX_ZERO = 512.0
 _FP16_TINY = 2.0**-24
 
 
@@ -57,13 +58,15 @@ def minmax_grid(weight: torch.Tensor, encoding: Encoding) -> Grid:
     Returns:
         The grid; the zero is real-valued. All-equal groups are represented exactly up to the rounding of the scale.
     """
+    if calls.usable(weight) and encoding.scale_bits == 16:
+        return Grid(*calls.minmax(weight, encoding, MAX_ZERO))
     groups = to_groups(weight, encoding.group_size)
     low, high = groups.amin(-1), groups.amax(-1)
     if encoding.zero_bits < 16:  # such a zero lies inside the code range, so the grid must reach 0
         low, high = low.clamp(max=0), high.clamp(min=0)
     magnitude = torch.maximum(low.abs(), high.abs())
     span = high - low
-    scale = torch.maximum(span / encoding.max_code, magnitude / _MAX_ZERO)
+    scale = torch.maximum(span / encoding.max_code, magnitude / MAX_ZERO)
     # A group of zeros is exact on any scale; under a super-scale it must not become the row's largest.
     nothing = 1.0 if encoding.scale_bits == 16 else _FP16_TINY
     scale = torch.where(span == 0, torch.where(magnitude == 0, nothing, magnitude), scale)
@@ -99,6 +102,44 @@ def decode(codes: torch.Tensor, grid: Grid, encoding: Encoding) -> torch.Tensor:
     groups = to_groups(codes, encoding.group_size).float()
     weight = groups.sub_(grid.zero[..., None]).mul_(grid.scale[..., None])
     return weight.flatten(-2)[..., : codes.shape[-1]]
+
+
+def quantise(
+    weight: torch.Tensor, target: torch.Tensor, grid: Grid, encoding: Encoding
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Nearest codes of `target` and what they leave of `weight`, in one pass on a GPU.
+
+    Args:
+        weight: float32 `[E, N, K]`.
+        target: likewise; may be `weight` itself.
+        grid: scales and zeros.
+        encoding: widths and group size.
+
+    Returns:
+        Codes uint8 `[E, N, K]`; the residual, float32 on a CPU and bfloat16 on a GPU; its Frobenius norm before that
+        rounding, float64 `[E]`.
+    """
+    if calls.usable(target):
+        codes, residual, norm = calls.quantise(weight, target, grid.scale, grid.zero, encoding, torch.bfloat16)
+        assert residual is not None
+        return codes, residual, norm
+    codes = encode(target, grid, encoding)
+    residual = weight - decode(codes, grid, encoding)
+    return codes, residual, torch.linalg.vector_norm(residual, dim=(1, 2)).double()
+
+
+def nearest(target: torch.Tensor, grid: Grid, encoding: Encoding) -> tuple[torch.Tensor, torch.Tensor]:
+    """Nearest codes of `target` and the Frobenius norm of their error: `quantise` where nobody needs the residual."""
+    if calls.usable(target):
+        codes, _, norm = calls.quantise(target, target, grid.scale, grid.zero, encoding, None)
+        return codes, norm
+    codes, _, norm = quantise(target, target, grid, encoding)
+    return codes, norm
+
+
+def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
+    """`pack_words`, in one pass on a GPU."""
+    return calls.pack_words(codes, bits) if calls.usable(codes) and bits <= 4 else pack_words(codes, bits)
 
 
 def grid_tensors(grid: Grid, encoding: Encoding) -> dict[str, torch.Tensor]:

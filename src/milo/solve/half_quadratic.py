@@ -22,7 +22,8 @@ from collections.abc import Iterator
 import torch
 
 from milo.format.matrix import Encoding
-from milo.solve.grid import Grid, group_counts, round_zero, to_groups
+from milo.kernels.solver import calls
+from milo.solve.grid import MAX_ZERO, Grid, group_counts, minmax_grid, round_zero, to_groups
 
 P_NORM = 0.7
 BETA = 10.0
@@ -32,6 +33,22 @@ STEPS = 20
 # On a CPU the passes of one step run over blocks that stay in the cache. Fixed, because the block size decides the
 # order of summation and so the last bits of the result.
 _CPU_BLOCK = 1 << 17
+
+
+def hqq_grid(target: torch.Tensor, encoding: Encoding) -> Grid:
+    """The min-max grid of `target` with optimised zeros: HQQ's grid search, one pass over the weights on a GPU."""
+    if calls.usable(target) and encoding.scale_bits == 16:
+        return fused(target, None, encoding)
+    return half_quadratic(target, minmax_grid(target, encoding), encoding)
+
+
+def fused(target: torch.Tensor, start: Grid | None, encoding: Encoding) -> Grid:
+    """`half_quadratic` by the kernel, from `start` or (fp16 scales) from the min-max grid of `target`."""
+    given = (start.scale, start.zero) if start else None
+    scale, zero = calls.half_quadratic(
+        target, given, encoding, max_zero=MAX_ZERO, steps=STEPS, beta=BETA, kappa=KAPPA, p_norm=P_NORM
+    )
+    return Grid(scale, round_zero(zero, encoding))
 
 
 def half_quadratic(target: torch.Tensor, grid: Grid, encoding: Encoding) -> Grid:
@@ -45,6 +62,8 @@ def half_quadratic(target: torch.Tensor, grid: Grid, encoding: Encoding) -> Grid
     Returns:
         A grid with the same scales and the new zeros, rounded to their stored form.
     """
+    if calls.usable(target):
+        return fused(target, grid, encoding)
     stack, rows, in_features = target.shape
     size, groups = encoding.group_size, grid.scale.shape[-1]
     counts = group_counts(in_features, size, target.device)

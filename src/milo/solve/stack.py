@@ -6,26 +6,22 @@ expert has rank 1024 and its neighbours 8 does not pay 1024 for all.
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from dataclasses import dataclass
 
 import torch
 
 from milo.errors import PlanError, WeightError
-from milo.format.codes import pack_words
 from milo.format.matrix import Encoding
 from milo.solve.alternate import GridSearch, alternate
 from milo.solve.clip_search import mse_grid
 from milo.solve.factors import round_factors
-from milo.solve.grid import Grid, decode, encode, grid_tensors, minmax_grid
-from milo.solve.half_quadratic import half_quadratic
+from milo.solve.grid import decode, grid_tensors, minmax_grid, nearest, pack
+from milo.solve.half_quadratic import hqq_grid
+from milo.solve.lowrank import whole
 
-
-def _hqq(target: torch.Tensor, encoding: Encoding) -> Grid:
-    return half_quadratic(target, minmax_grid(target, encoding), encoding)
-
-
-GRIDS: dict[str, GridSearch] = {"rtn": minmax_grid, "hqq": _hqq, "mse": mse_grid}
+GRIDS: dict[str, GridSearch] = {"rtn": minmax_grid, "hqq": hqq_grid, "mse": mse_grid}
 # Grids whose compensators start from the weights; the others start as the paper does.
 FACTORS_FIRST = ("mse",)
 
@@ -76,10 +72,12 @@ def solve_stack(
         raise PlanError(f"unknown grid {grid!r}; choose one of {', '.join(GRIDS)}")
     if len(ranks) != weight.shape[0] or min(ranks) < 0 or max(ranks) > min(weight.shape[1:]):
         raise PlanError(f"{name}: ranks {ranks} do not fit a stack of shape {tuple(weight.shape)}")
-    weight = weight.float()
+    weight = weight.float().contiguous()
     _check_values(weight, name)
     results: dict[int, Solved] = {}
-    for members in _buckets(ranks):
+    # A GPU reads the residual in the time that products with 64 columns take, so that few buckets are best there.
+    least = 6 if weight.is_cuda else 0
+    for members in _buckets(ranks, min(weight.shape[1:]), least):
         index = torch.tensor(members, device=weight.device)
         part = weight if len(members) == weight.shape[0] else weight[index]
         solved = _solve_bucket(part, [ranks[m] for m in members], encoding, grid, rounds)
@@ -88,34 +86,40 @@ def solve_stack(
 
 
 def _solve_bucket(weight: torch.Tensor, ranks: list[int], encoding: Encoding, grid: str, rounds: int) -> list[Solved]:
-    search = GRIDS[grid]
-    ran = [1] * len(ranks)
-    if max(ranks) == 0:
-        found = search(weight, encoding)
-        codes = encode(weight, found, encoding)
-    else:
+    search, fit, ran = GRIDS[grid], None, [1] * len(ranks)
+    if max(ranks) > 0 and min(ranks) < min(weight.shape[1:]):
         best = alternate(weight, ranks, search, encoding, rounds, factors_first=grid in FACTORS_FIRST)
-        found, codes, ran = best.grid, best.codes, best.rounds.tolist()
-    residual = weight - decode(codes, found, encoding)
-    unrounded = error = torch.linalg.vector_norm(residual, dim=(1, 2)).double()
+        found, codes, fit, unrounded, ran = best.grid, best.codes, best.fit, best.error, best.rounds.tolist()
+        del best
+    else:
+        found = search(weight, encoding)
+        codes, unrounded = nearest(weight, found, encoding)
+    error = unrounded
     factors: list[dict[str, torch.Tensor]] = [{} for _ in ranks]
     if max(ranks) > 0:
-        unrounded = best.error
-        for i, rank in enumerate(ranks):
-            u, v = best.u[i, :, :rank], best.v[i, :rank]
-            factors[i], product = round_factors(residual[i], u, v, encoding.factor)
-            residual[i] = weight[i] - product
+        target = weight - decode(codes, found, encoding)
+        if fit is None:  # full rank: one round, and nothing is left before the factors are rounded
+            fit, unrounded = whole(target), torch.zeros_like(unrounded)
+        u, v = fit.factors()
+        del fit
+        # All members at once where launches count, one by one where memory does.
+        step = len(ranks) if weight.is_cuda else 1
+        for first in range(0, len(ranks), step):
+            part = slice(first, first + step)
+            width = max(ranks[part])
+            tensors, product = round_factors(target[part], u[part, :, :width], v[part, :width], encoding.factor)
+            torch.sub(weight[part], product, out=target[part])
+            for i, rank in enumerate(ranks[part]):
+                factors[first + i] = {name: tensor[i, :rank] for name, tensor in tensors.items()}
         # The codes have the last word: nearest to what the rounded compensators leave. Leading directions of the
         # weights leave more than the grid was made for once they are rounded, so then it is searched anew.
         if grid in FACTORS_FIRST:
-            found = search(residual, encoding)
-        codes = encode(residual, found, encoding)
-        residual -= decode(codes, found, encoding)
-        error = torch.linalg.vector_norm(residual, dim=(1, 2)).double()
+            found = search(target, encoding)
+        codes, error = nearest(target, found, encoding)
 
     norm = torch.linalg.vector_norm(weight, dim=(1, 2)).double()
     relative = torch.where(norm > 0, 1 / norm, 0.0)
-    errors, errors_unrounded = (error * relative).tolist(), (unrounded * relative).tolist()
+    errors, errors_unrounded = (torch.stack([error, unrounded]) * relative).tolist()
     stacked = _code_tensors(codes, encoding) | grid_tensors(found, encoding)
     return [
         Solved({k: t[i] for k, t in stacked.items()} | factors[i], errors[i], errors_unrounded[i], ran[i])
@@ -125,27 +129,31 @@ def _solve_bucket(weight: torch.Tensor, ranks: list[int], encoding: Encoding, gr
 
 def _code_tensors(codes: torch.Tensor, encoding: Encoding) -> dict[str, torch.Tensor]:
     if encoding.planes == 1:
-        return {"weight_packed": pack_words(codes, encoding.bits)}
+        return {"weight_packed": pack(codes, encoding.bits)}
     low = codes & (2**encoding.plane_bits - 1)
     return {
-        "weight_packed": pack_words(low, encoding.plane_bits),
-        "weight_packed_hi": pack_words(codes >> encoding.plane_bits, encoding.plane_bits),
+        "weight_packed": pack(low, encoding.plane_bits),
+        "weight_packed_hi": pack(codes >> encoding.plane_bits, encoding.plane_bits),
     }
 
 
-def _buckets(ranks: list[int]) -> list[list[int]]:
-    """Members grouped by `rank.bit_length()`, lowest ranks first."""
+def _buckets(ranks: list[int], full: int, least: int) -> list[list[int]]:
+    """Members grouped by `rank.bit_length()`, lowest ranks first and those of full rank last.
+
+    Widths below `least` bits are not told apart, but for rank 0.
+    """
     grouped: dict[int, list[int]] = defaultdict(list)
     for member, rank in enumerate(ranks):
-        grouped[rank.bit_length()].append(member)
+        key = max(rank.bit_length(), least) if 0 < rank < full else rank and full.bit_length() + 1
+        grouped[key].append(member)
     return [grouped[key] for key in sorted(grouped)]
 
 
 def _check_values(weight: torch.Tensor, name: str) -> None:
-    top = weight.abs().amax(dim=(1, 2))
-    bad = (~torch.isfinite(top)).nonzero().flatten().tolist()  # a NaN anywhere survives amax
-    if bad:
-        where = f" (member {bad[0]} of {weight.shape[0]})" if weight.shape[0] > 1 else ""
-        raise WeightError(f"{name}{where} holds NaN or Inf; the source checkpoint is damaged")
-    if top.max() > 65504:
-        raise WeightError(f"{name} holds {top.max().item():.3g}, beyond what fp16 scales can express (65504)")
+    top = torch.linalg.vector_norm(weight, ord=torch.inf, dim=(1, 2)).tolist()  # a NaN anywhere survives the maximum
+    for member, value in enumerate(top):
+        if not math.isfinite(value):
+            where = f" (member {member} of {len(top)})" if len(top) > 1 else ""
+            raise WeightError(f"{name}{where} holds NaN or Inf; the source checkpoint is damaged")
+    if max(top) > 65504:
+        raise WeightError(f"{name} holds {max(top):.3g}, beyond what fp16 scales can express (65504)")

@@ -24,6 +24,7 @@ from milo.integrations.transformers.quantizer import (
     keep_plain_conversions,
 )
 from milo.integrations.transformers.structure import placements
+from milo.modules.packed import use_kernels
 from milo.pipeline.card import model_card
 from milo.pipeline.compress import describe, summary
 from milo.plan.plan import make_plan
@@ -93,6 +94,7 @@ def compress_model(
         "quantization_method": config.quant_method,
         "milo_report": {**summary(plan, []), "matrices": matrices},
     }
+    use_kernels(model)
     for name, value in attributes.items():  # what from_pretrained sets, and the report for save_compressed
         setattr(model, name, value)
     return model

@@ -35,6 +35,7 @@ from milo.integrations.transformers.assembly import (
     touches,
 )
 from milo.integrations.transformers.source import source_of
+from milo.modules.packed import use_kernels
 from milo.pipeline.compress import quantization_config
 from milo.pipeline.planning import plan_source
 from milo.pipeline.work import one_thread, pieces, solve_piece
@@ -184,6 +185,7 @@ class MiloQuantizer(HfQuantizer):
         else:
             finish(model, self._sites)
             keep_plain_conversions(model, self._sites)
+        use_kernels(model)
         return model
 
 

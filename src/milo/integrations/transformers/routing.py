@@ -1,13 +1,14 @@
-"""Routing counts: how many tokens each expert gets on a text, for the frequency policy.
+"""What routers choose, seen where transformers hands the choice to an experts block (its second argument).
 
-The counts are taken where transformers hands the router's choice to an experts block (its second argument), or, for
-experts that are modules of their own, from the number of rows each one receives. They are stored under the names of
-the checkpoint, which plans use.
+Two uses: counting how many tokens each expert gets on a text, for the frequency policy, and watching which experts each
+token goes to, for comparing two models. Experts that are modules of their own are given only their rows, which is
+enough to count and not to tell which token went where. Blocks go by their names in the checkpoint, which plans use.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -18,6 +19,48 @@ from transformers import PreTrainedModel
 from milo.checkpoint.roles import Role
 from milo.errors import UnsupportedModelError
 from milo.integrations.transformers.memory import inventory_of
+
+
+def experts_blocks(model: PreTrainedModel) -> dict[str, str]:
+    """The blocks whose choices can be watched: checkpoint name (`model.layers.3.mlp.experts`) to module path.
+
+    Args:
+        model: an uncompressed causal LM; its compressed self has the blocks at the same paths.
+
+    Raises:
+        UnsupportedModelError: the model has experts that MiLo does not understand.
+    """
+    inventory, placed = inventory_of(model)
+    blocks = {}
+    for group in inventory.groups:
+        placement = placed[group.members[0]]
+        if group.role is Role.EXPERT and placement.kind == "experts":
+            blocks[group.experts_path] = placement.module
+    return blocks
+
+
+@contextmanager
+def watched_choices(model: PreTrainedModel, blocks: Mapping[str, str]) -> Iterator[dict[str, torch.Tensor]]:
+    """Yields a dict that holds, after each forward pass, every block's choices in it: int64 `[tokens, k]`.
+
+    Args:
+        model: compressed or not.
+        blocks: from `experts_blocks` of the model or of its original.
+    """
+    latest: dict[str, torch.Tensor] = {}
+
+    def note(name: str, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        latest[name] = _choices(args, kwargs).detach()
+
+    hooks = [
+        model.get_submodule(path).register_forward_pre_hook(partial(note, name), with_kwargs=True)
+        for name, path in blocks.items()
+    ]
+    try:
+        yield latest
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 @torch.no_grad()
@@ -68,9 +111,12 @@ def routing_counts(
     return {path: tally.tolist() for path, tally in counts.items()}
 
 
+def _choices(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
+    return args[1] if len(args) > 1 else kwargs["top_k_index"]
+
+
 def _count_choices(tally: torch.Tensor, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    chosen = args[1] if len(args) > 1 else kwargs["top_k_index"]
-    chosen = chosen.flatten().cpu()
+    chosen = _choices(args, kwargs).flatten().cpu()
     tally += torch.bincount(chosen[chosen < len(tally)], minlength=len(tally))
 
 

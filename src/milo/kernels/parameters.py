@@ -1,0 +1,39 @@
+"""The kernels' parameter structures, field by field as `cuda/moe.cu` declares them (passed by value)."""
+
+from __future__ import annotations
+
+import ctypes
+
+
+class Routing(ctypes.Structure):
+    _fields_ = (
+        [(n, ctypes.c_void_p) for n in ("ids", "expert_map")]
+        + [(n, ctypes.c_int) for n in ("ids_are_64", "map_length", "pairs", "experts")]
+    )  # fmt: skip
+
+
+class Matrix(ctypes.Structure):
+    _fields_ = (
+        [(n, ctypes.c_void_p) for n in ("codes", "meta")]
+        + [(n, ctypes.c_int) for n in ("ktiles", "groups", "meta_shift")]
+    )  # fmt: skip
+
+
+class Compensator(ctypes.Structure):
+    _fields_ = (
+        [(n, ctypes.c_void_p) for n in ("u_codes", "u_scales", "table", "t")]
+        + [(n, ctypes.c_int) for n in ("t_stride", "t_splits")]
+    )  # fmt: skip
+
+
+class Params(ctypes.Structure):
+    """Everything one launch is told."""
+
+    _fields_ = (
+        [("routing", Routing), ("weights", Matrix), ("v", Matrix), ("compensator", Compensator)]
+        + [(n, ctypes.c_void_p) for n in ("x", "out", "partial", "choice_weights", "bias", "arrivals", "v_done",
+                                          "to_clear")]
+        + [(n, ctypes.c_int) for n in ("clear_count", "tokens", "topk", "in_features", "row_tiles", "rows",
+                                       "row_divisor", "splits", "v_row_tiles", "activation",
+                                       "choice_weight_type", "k_warps", "block_row_tiles", "groups", "combine_later")]
+    )  # fmt: skip

@@ -1,0 +1,210 @@
+"""Who solves the items: threads of this process, one lane for a GPU, or one process a device.
+
+All pools do the same: `run` carries items out in any order and yields what is finished. Python's threads are enough
+for the cores of a CPU, since PyTorch releases the interpreter while it computes. GPUs get a process each, because
+the kernel launches of two of them would fight for one interpreter.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import traceback
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
+from multiprocessing import connection, get_context, parent_process, resource_tracker
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
+from typing import Protocol
+
+import torch
+
+from milo.errors import DeviceError
+from milo.pipeline.job import Done, Job, on_device
+from milo.pipeline.lane import DEPTH, run_lane
+from milo.pipeline.work import Item, one_thread
+
+
+class Pool(Protocol):
+    """Something that carries out items. `workers` of them at a time."""
+
+    workers: int
+
+    def run(self, items: Iterable[Item]) -> Iterator[Done]:
+        """Carry out items, starting them in the order given; yields each as it is finished."""
+        ...
+
+    def close(self) -> None:
+        """Stop without waiting for items that are being solved."""
+        ...
+
+
+class ThreadPool:
+    """CPU cores of this process, an item each.
+
+    One more thread does all the writing. So `close` need not wait for items that are being solved, which may take a
+    minute: once that thread has ended, nothing of this run can reach the folder any more.
+    """
+
+    def __init__(self, job: Job, workers: int) -> None:
+        self.job = job
+        self.workers = workers
+        self._pool = ThreadPoolExecutor(workers, "solve", initializer=torch.set_num_threads, initargs=(1,))
+        self._scribe = ThreadPoolExecutor(1, "write")
+
+    def run(self, items: Iterable[Item]) -> Iterator[Done]:
+        waiting = iter(items)
+        flying: set[Future[Done]] = set()
+        with one_thread():
+            while True:
+                while len(flying) < 2 * self.workers and (item := next(waiting, None)) is not None:
+                    flying.add(self._pool.submit(self.job.carry, item, "cpu", self._scribe))
+                if not flying:
+                    return
+                finished, flying = wait(flying, return_when=FIRST_COMPLETED)
+                for future in finished:
+                    yield future.result()
+
+    def close(self) -> None:
+        self._pool.shutdown(wait=False, cancel_futures=True)
+        self._scribe.shutdown(wait=True, cancel_futures=True)
+
+
+class Lane:
+    """One GPU, driven by this process."""
+
+    workers = 1
+
+    def __init__(self, job: Job, device: str) -> None:
+        self.job = job
+        self.device = device
+
+    def run(self, items: Iterable[Item]) -> Iterator[Done]:
+        waiting = iter(items)
+        with one_thread(), on_device(self.device):
+            yield from run_lane(self.job, self.device, lambda idle: next(waiting, None))
+
+    def close(self) -> None:
+        pass
+
+
+class ProcessPool:
+    """One process a device, fed from one queue. Works with `["cpu", "cpu"]` too.
+
+    Args:
+        job: the compression.
+        devices: one a process.
+        start: how processes are started; only spawned ones may use a GPU that this process has looked at.
+    """
+
+    def __init__(self, job: Job, devices: Sequence[str], start: str = "spawn") -> None:
+        self.workers = len(devices)
+        self._lanes: list[tuple[Connection, BaseProcess, str]] = []
+        context = get_context(start)
+        with _interrupts_blocked():
+            for device in devices:
+                ours, theirs = context.Pipe()
+                process = context.Process(  # type: ignore[attr-defined]
+                    target=_serve, args=(theirs, job, device), name=f"milo {device}", daemon=True
+                )
+                process.start()
+                theirs.close()
+                self._lanes.append((ours, process, device))
+
+    def run(self, items: Iterable[Item]) -> Iterator[Done]:
+        waiting = deque(items)
+        held = {id(lane): 0 for lane in self._lanes}
+        by_connection = {lane[0]: lane for lane in self._lanes}
+        while True:
+            for step in range(DEPTH):  # breadth first, so that a short queue is shared evenly
+                for lane in self._lanes:
+                    if waiting and held[id(lane)] == step:
+                        _send(lane, waiting.popleft())
+                        held[id(lane)] += 1
+            if not any(held.values()):
+                return
+            for ready in connection.wait(list(by_connection)):
+                lane = by_connection[ready]  # type: ignore[index]
+                done = _receive(lane)
+                held[id(lane)] -= 1
+                yield done
+
+    def close(self) -> None:
+        for ours, process, _ in self._lanes:
+            process.kill()  # what it was writing is in no journal
+            ours.close()
+        for _, process, _ in self._lanes:
+            process.join()
+        self._lanes.clear()
+
+
+def _send(lane: tuple[Connection, BaseProcess, str], item: Item) -> None:
+    try:
+        lane[0].send(item)
+    except OSError:
+        _receive(lane)  # the worker is gone; what it last said, if anything, tells why
+
+
+def _receive(lane: tuple[Connection, BaseProcess, str]) -> Done:
+    ours, process, device = lane
+    try:
+        answer = ours.recv()
+    except (EOFError, OSError):
+        process.join(5)
+        killed = " (killed: out of memory?)" if process.exitcode == -signal.SIGKILL else ""
+        raise DeviceError(
+            f"the worker process on {device} ended with exit code {process.exitcode}{killed}; what was finished is "
+            "kept, and the same command goes on from there"
+        ) from None
+    if isinstance(answer, BaseException):
+        raise answer
+    return answer
+
+
+def _serve(pipe: Connection, job: Job, device: str) -> None:
+    """The life of a worker process: a lane fed by a pipe."""
+    threading.Thread(target=_die_with_parent, daemon=True).start()
+    torch.set_num_threads(1)
+
+    def take(idle: bool) -> Item | None:
+        return pipe.recv() if idle or pipe.poll() else None
+
+    try:
+        with on_device(device):
+            for done in run_lane(job, device, take):
+                pipe.send(done)
+    except EOFError:
+        return
+    except BaseException as error:
+        error.add_note(f"in the worker process on {device}:\n{traceback.format_exc()}")
+        pipe.send(error)
+        os._exit(1)  # not before the parent has it; nobody waits for items that are being read
+
+
+@contextmanager
+def _interrupts_blocked() -> Iterator[None]:
+    """Processes started meanwhile never see Ctrl-C, which is the parent's business; the parent sees it afterwards."""
+    caught: list[int] = []
+    in_main = threading.current_thread() is threading.main_thread()
+    handler = signal.signal(signal.SIGINT, lambda number, frame: caught.append(number)) if in_main else None
+    resource_tracker.ensure_running()  # it would be started with the first process, and lift the block
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        if handler is not None:
+            signal.signal(signal.SIGINT, handler)
+        if caught:
+            signal.raise_signal(signal.SIGINT)
+
+
+def _die_with_parent() -> None:
+    """Ends this process when the parent is gone, however it went."""
+    parent = parent_process()
+    if parent is not None:
+        connection.wait([parent.sentinel])
+        os._exit(1)
