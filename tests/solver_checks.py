@@ -123,7 +123,8 @@ def check_round_rows(device: str, bits: int, length: int) -> None:
     ours = (factors.value_of(codes.cpu(), scales.cpu(), bits) - rows).square().sum(-1)
     theirs = (factors.value_of(expected, expected_scales, bits) - rows).square().sum(-1)
     torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-6)
-    assert (codes.cpu() == expected).double().mean() > 0.98
+    if length > 1:  # several scales represent a lone number equally well, and a fused multiply-add decides among them
+        assert (codes.cpu() == expected).double().mean() > 0.98
 
 
 def check_pack(device: str, bits: int, length: int) -> None:
