@@ -150,7 +150,7 @@ def test_the_benchmarks_exist() -> None:
             assert (ROOT / shlex.split(command)[1]).exists(), command
 
 
-@pytest.mark.parametrize("name", ["index.md", "transformers.md"])
+@pytest.mark.parametrize("name", ["index.md", "serving.md", "transformers.md"])
 def test_python_blocks_run(name: str, folder: Path) -> None:
     """The Python that shows how to load and compress, in one process as a reader would type it."""
     builders.compress(folder / "MODEL", folder / "OUT", recipe="hqq")
