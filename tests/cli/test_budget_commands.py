@@ -37,8 +37,10 @@ def test_what_makes_no_sense_is_refused(model: Path, args: tuple[str, ...], mess
 
 
 def test_frontier_draws_every_recipe_and_budget(model: Path, text: Path, tmp_path: Path) -> None:  # noqa: F811
-    args = ("--text", text, "--window", "64", "--budgets", "4.3bpw,5.5bpw")
-    shown = milo("frontier", model, "-o", tmp_path / "f", *args).stdout
+    args = ("--text", text, "--window", "64", "--budgets", "1bpw,4.3bpw,5.5bpw")
+    done = milo("frontier", model, "-o", tmp_path / "f", *args)
+    shown = done.stdout
+    assert "1bpw is left out" in done.stderr
     found = json.loads((tmp_path / "f/frontier.json").read_text())
     points = {point["recipe"]: point for point in found["points"]}
     assert list(points) == ["rtn", "hqq", "milo-s1", "milo-s2", "4.3bpw", "5.5bpw"]

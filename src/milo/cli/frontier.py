@@ -14,9 +14,9 @@ from rich.table import Table
 
 from milo.checkpoint.writer import write_atomically
 from milo.cli.budget import SelfOption
-from milo.cli.console import bar, out, say
+from milo.cli.console import bar, err, out, say
 from milo.cli.options import BEST_DEVICE, DeviceOption, ModelArgument
-from milo.errors import MiloError
+from milo.errors import MiloError, PlanError
 from milo.evaluate.folder import load_model, load_tokenizer, measure_size
 from milo.evaluate.frontier import Point, draw_frontier
 from milo.evaluate.paired import Reference
@@ -31,7 +31,7 @@ from milo.plan.budget import Budget
 from milo.plan.plan import Plan
 from milo.plan.recipe import PRESETS, preset
 
-BUDGETS = "3.25bpw,3.4bpw,3.6bpw,3.8bpw,4.1bpw,4.5bpw"
+BUDGETS = "3.3bpw,3.4bpw,3.6bpw,3.8bpw,4.1bpw,4.5bpw"
 
 
 def frontier(
@@ -69,7 +69,10 @@ def frontier(
     with bar() as update:
         known = sensitivities(original, source.inventory, self_calibrate, update)
     for budget in wanted:
-        plans[budget.text] = plan_budget(source, budget, measured, known, origin).plan
+        try:
+            plans[budget.text] = plan_budget(source, budget, measured, known, origin).plan
+        except PlanError as error:  # too small for this model's narrow rows: the other points still stand
+            say(f"{budget.text} is left out: {error}", err)
     with bar() as update:
         reference = Reference(
             original, ids, window, progress=lambda done, message: update(done, f"original: {message}")
