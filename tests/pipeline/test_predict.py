@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from math import prod
 from pathlib import Path
+from threading import get_ident
 from types import SimpleNamespace
 from typing import Any
 
@@ -25,14 +26,21 @@ A_WEIGHT, A_PRODUCT, ONCE = 3e-8, 2e-10, 5e-10  # seconds of the machine below
 
 
 class Machine:
-    """Its clock is moved by solving and by nothing else."""
+    """Its clock is moved by solving and by nothing else; every thread has its own, or one would time another's work."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, slow: float = 1.0) -> None:
-        self.now, self.slow = 0.0, slow
+        self.slow, self.main = slow, get_ident()
+        self.clocks: dict[int, float] = {}
         self.solved: list[tuple[tuple[int, ...], int]] = []
-        monkeypatch.setattr(module, "time", SimpleNamespace(perf_counter=lambda: self.now))
+        monkeypatch.setattr(module, "time", SimpleNamespace(perf_counter=self.now))
         monkeypatch.setattr(module, "solve_stack", self.solve)
         monkeypatch.setattr(module, "_read_rate", lambda source: 1e12)
+
+    def now(self) -> float:
+        """This thread's time; the one that waits for the others has the latest of theirs."""
+        if get_ident() == self.main:
+            return max([*self.clocks.values()], default=0.0)
+        return self.clocks.setdefault(get_ident(), 0.0)
 
     def matrix(self, shape: tuple[int, ...], rank: int, rounds: int) -> float:
         """Seconds."""
@@ -45,7 +53,8 @@ class Machine:
         self, weight: torch.Tensor, ranks: list[int], encoding: Encoding, grid: str, rounds: int, name: str
     ) -> Any:
         self.solved.append((tuple(weight.shape), ranks[0]))
-        self.now += len(ranks) * self.matrix(tuple(weight.shape[1:]), ranks[0], rounds)
+        spent = len(ranks) * self.matrix(tuple(weight.shape[1:]), ranks[0], rounds)
+        self.clocks[get_ident()] = self.now() + spent
         return [SimpleNamespace(tensors={"weight_packed": torch.zeros(1)})]
 
 
