@@ -16,6 +16,7 @@ from huggingface_hub.repocard import metadata_load
 from yaml import YAMLError  # PyYAML comes with huggingface_hub
 
 from milo.checkpoint.compressed import CompressedCheckpoint
+from milo.checkpoint.evaluation import task_rows
 from milo.checkpoint.writer import EVALUATION, explained, write_atomically
 
 CARD = "README.md"
@@ -166,7 +167,7 @@ def _quality(evaluation: Mapping[str, Any]) -> str:
     blocks = ["## Measured quality", "By `milo eval --save`."]
     if rows := _on_text(evaluation):
         blocks.append("\n".join([f"| on {evaluation.get('text')} | |", "|---|---|", *rows]))
-    if rows := _on_tasks(evaluation):
+    if rows := [f"| {' | '.join(cells)} |" for cells in task_rows(evaluation)]:
         head = "| task, metric | this model | original | difference (paired standard error) |"
         blocks.append("\n".join([head, "|---|---|---|---|", *rows]))
     return "\n\n".join(blocks)
@@ -184,20 +185,3 @@ def _on_text(evaluation: Mapping[str, Any]) -> list[str]:
     if found := evaluation.get("contiguous"):
         rows.append(f"| tokens scored | {found['tokens']:,} |")
     return rows
-
-
-def _on_tasks(evaluation: Mapping[str, Any]) -> list[str]:
-    """Scores of the tasks that were asked for; the parts of a group stay in `milo_eval.json`."""
-    rows = []
-    for row in (evaluation.get("tasks") or {}).get("results", ()):
-        if row["part_of"] is None:
-            pairs = (("value", "stderr"), ("original", "original_stderr"), ("difference", "difference_stderr"))
-            cells = [_with_error(row[value], row[error]) for value, error in pairs]
-            rows.append(f"| {row['task']}, {row['metric']} | {' | '.join(cells)} |")
-    return rows
-
-
-def _with_error(value: float | None, error: float | None) -> str:
-    if value is None:
-        return "–"
-    return f"{value:.4f}" if error is None else f"{value:.4f} ± {error:.4f}"

@@ -10,6 +10,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from milo.checkpoint.evaluation import task_rows
+
 Scalar = str | int | float | bool | None
 _KNOWN = frozenset(("model", "text", "recipe", "size", "contiguous", "sliding", "original", "divergence", "tasks"))
 
@@ -57,25 +59,9 @@ def measurements(evaluation: Mapping[str, Any]) -> Table | None:
 
 def tasks(evaluation: Mapping[str, Any]) -> Table | None:
     """Task scores beside the original's; None if no task was run. Parts of a group are left out."""
-    found = _object(evaluation.get("tasks"))
-    rows = [
-        (
-            f"{row['task']}, {row['metric']}",
-            _with_error(row.get("value"), row.get("stderr")),
-            _with_error(row.get("original"), row.get("original_stderr")),
-            _with_error(row.get("difference"), row.get("difference_stderr")),
-        )
-        for row in found.get("results") or ()
-        if _flat(row) and row.get("part_of") is None and "task" in row and "metric" in row
-    ]
+    rows = task_rows(evaluation)
     head = ("task and metric", "this model", "original", "difference, paired")
     return Table("Tasks, through lm-eval", head, rows) if rows else None
-
-
-def _with_error(value: Any, error: Any) -> str:
-    if not isinstance(value, int | float):
-        return "–"
-    return f"{value:.4f} ± {error:.4f}" if isinstance(error, int | float) else f"{value:.4f}"
 
 
 def headline(evaluation: Mapping[str, Any]) -> tuple[str, str] | None:
