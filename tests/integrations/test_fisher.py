@@ -27,12 +27,17 @@ def test_every_group_has_one_and_the_model_is_untouched(model_type: str) -> None
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     flags = [parameter.requires_grad for parameter in model.parameters()]
     found = sensitivities(model, inventory)
-    assert set(found) == {group.name for group in inventory.groups}
-    assert all(value > 0 for value in found.values())
+    assert set(found.costs) == {group.name for group in inventory.groups}
+    assert all(value > 0 for value in found.costs.values())
+    for group in inventory.groups:
+        importance = found.importance[group.name]
+        assert importance.shape == (group.count, group.shape[1])
+        assert (importance > 0).all()
+        torch.testing.assert_close(importance.mean(-1), torch.ones(group.count))
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     assert [parameter.requires_grad for parameter in model.parameters()] == flags
     assert all(parameter.grad is None for parameter in model.parameters())
-    assert sensitivities(model, inventory) == pytest.approx(found, rel=1e-5)
+    assert sensitivities(model, inventory).costs == pytest.approx(found.costs, rel=1e-5)
 
 
 def test_they_predict_the_divergence_of_small_noise() -> None:
@@ -41,7 +46,7 @@ def test_they_predict_the_divergence_of_small_noise() -> None:
     inventory, _ = inventory_of(model)
     blank = make_plan(inventory, Recipe("blank"), model.config.to_dict(), Evidence(lambda group: []))
     places = {site.row.name: site for site in sites(model, blank)}
-    predicted = sensitivities(model, inventory)
+    predicted = sensitivities(model, inventory).costs
     generator = torch.Generator().manual_seed(0)
     ids = fisher._tokens(model, False, torch.Generator().manual_seed(fisher._SEED))
     with torch.no_grad():

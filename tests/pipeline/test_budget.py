@@ -18,7 +18,7 @@ from milo.pipeline.measure_menu import measure_menu
 from milo.pipeline.planning import Source
 from milo.plan.budget import Budget
 from milo.plan.menu import MENU, Measured
-from milo.plan.sensitivity import structural
+from milo.plan.sensitivity import Sensitivities, structural
 
 
 @pytest.fixture(scope="module")
@@ -99,8 +99,9 @@ def test_a_low_rank_matrix_is_offered_rank_and_noise_is_not(tmp_path: Path) -> N
     by_rank = measured["model.layers.0.block_sparse_moe.experts.*.w2"].errors[MENU[0]][2]
     assert by_rank[8] < 0.2 * by_rank[0]
     # A sensitive matrix gets the rank that was measured, and the folder holds it.
-    sensitivities = structural(source.inventory.groups) | {"model.layers.0.block_sparse_moe.experts.*.w2": 50.0}
-    found = plan_budget(source, Budget.parse("3.8bpw"), measured, sensitivities, "structure", rounds=4)
+    costs = structural(source.inventory.groups).costs
+    sensitivities = Sensitivities({**costs, "model.layers.0.block_sparse_moe.experts.*.w2": 50.0})
+    found = plan_budget(source, Budget.parse("3.5bpw"), measured, sensitivities, "structure", rounds=4)
     ranks = found.plan.by_name["model.layers.0.block_sparse_moe.experts.*.w2"].ranks
     assert ranks[2] > 0
     assert ranks[0] == ranks[1] == ranks[3] == 0

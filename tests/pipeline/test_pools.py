@@ -255,9 +255,9 @@ def test_the_canary_sings_alone(mixtral_folder: Path, tmp_path: Path, monkeypatc
     events: list[tuple[str, str]] = []
     solve, put = job.solve_piece, TensorWriter.write
 
-    def solving(weight: torch.Tensor, row: Any, members: range, rounds: int) -> Any:
+    def solving(weight: torch.Tensor, row: Any, *rest: Any) -> Any:
         events.append(("solve", row.name))
-        return solve(weight, row, members, rounds)
+        return solve(weight, row, *rest)
 
     def writing(self: TensorWriter, name: str, tensor: torch.Tensor, first_row: int = 0) -> memoryview:
         events.append(("write", name))

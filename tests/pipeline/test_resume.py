@@ -51,11 +51,11 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     seen, solve = Calls(), job.solve_piece
 
-    def counted(weight: torch.Tensor, row: Any, members: range, rounds: int) -> Any:
+    def counted(weight: torch.Tensor, row: Any, *rest: Any) -> Any:
         if len(seen) >= seen.limit:
             raise Stop
         seen.append(row.name)
-        return solve(weight, row, members, rounds)
+        return solve(weight, row, *rest)
 
     monkeypatch.setattr(job, "solve_piece", counted)
     return seen

@@ -11,9 +11,10 @@ from milo.format.matrix import Encoding
 from milo.plan.budget import Budget, plan_for_bytes
 from milo.plan.menu import MENU, Measured, option, units
 from milo.plan.plan import Plan
-from milo.plan.sensitivity import role_weight, structural
+from milo.plan.sensitivity import Sensitivities, role_weight, structural
 
 NOISE = {3: 0.027, 4: 0.0068, 6: 0.0004, 8: 0.00003}
+COARSER = {32: 0.75, 64: 1.0, 128: 1.25}
 
 
 def single(name: str, shape: tuple[int, int] = (512, 512), role: Role = Role.ATTENTION) -> Group:
@@ -35,11 +36,9 @@ LAYER = [
 
 
 def white(group: Group, norm: float = 100.0) -> Measured:
-    """A group whose errors are those of Gaussian weights; groups of 32 are a quarter better."""
+    """A group whose errors are those of Gaussian weights; smaller groups are better."""
     share = norm / group.count
-    errors = {
-        e: [{0: share * NOISE[e.bits] * (0.75 if e.group_size == 32 else 1)} for _ in range(group.count)] for e in MENU
-    }
+    errors = {e: [{0: share * NOISE[e.bits] * COARSER[e.group_size]} for _ in range(group.count)] for e in MENU}
     return Measured(norm, errors)
 
 
@@ -51,9 +50,8 @@ def plan(
     rate: float, sensitivities: dict[str, float] | None = None, measured: dict[str, Measured] | None = None
 ) -> Plan:
     measured = measured or {g.name: white(g) for g in LAYER}
-    return plan_for_bytes(
-        LAYER, measured, sensitivities or structural(LAYER), int(rate * weights(LAYER) / 8), "test"
-    ).plan
+    known = Sensitivities(sensitivities) if sensitivities else structural(LAYER)
+    return plan_for_bytes(LAYER, measured, known, int(rate * weights(LAYER) / 8), "test").plan
 
 
 @pytest.mark.parametrize("rate", [3.25, 3.4, 3.7, 4.5, 6.5])
@@ -152,4 +150,4 @@ def test_what_feeds_two_things_weighs_as_much_as_both() -> None:
 def test_the_menu_is_what_the_kernels_know() -> None:
     assert {e.bits for e in MENU} == {3, 4, 6, 8}
     assert all(e.zero_bits == (6 if e.bits <= 4 else 8) and e.scale_bits == 6 for e in MENU)
-    assert MENU[0] == Encoding(3, 64, 6, 6)
+    assert MENU[0] == Encoding(3, 128, 6, 6)

@@ -47,7 +47,7 @@ def test_tiny_groups_nearly_reach_the_best_of_all_assignments(members: int) -> N
     weight = draws(1, 32, members, seed=3)
     encoding = Encoding(bits, 32)
     best = torch.tensor([least_error(row, bits) for row in weight[0]])
-    found = group_errors(weight, mse_grid(weight, encoding), encoding)[0, :, 0]
+    found = group_errors(weight, mse_grid(weight, encoding, unbiased=False), encoding)[0, :, 0]
     total = weight.double().square().sum(-1)[0]
     assert (found >= best - 1e-3 * total).all()  # nobody beats it, but for fp16
     plain = group_errors(weight, minmax_grid(weight, encoding), encoding)[0, :, 0]
@@ -78,6 +78,43 @@ def test_clipping_pays_at_three_bits() -> None:
     hqq = half_quadratic(weight, minmax_grid(weight, encoding), encoding)
     ours = group_errors(weight, mse_grid(weight, encoding), encoding).sum()
     assert ours < 0.83 * group_errors(weight, hqq, encoding).sum()
+
+
+def lengths(weight: torch.Tensor, grid: Grid, encoding: Encoding) -> torch.Tensor:
+    """`⟨ŵ, w⟩ / ‖w‖²` of every row."""
+    stored = decode(encode(weight, grid, encoding), grid, encoding)
+    return (stored * weight).sum(-1) / weight.square().sum(-1)
+
+
+@pytest.mark.parametrize("scale_bits", [16, 6])
+@pytest.mark.parametrize("bits", [3, 4])
+def test_rows_are_scaled_back_to_their_length(bits: int, scale_bits: int) -> None:
+    encoding = Encoding(bits, 64, scale_bits, 6)
+    weight = draws(2, 64, 300, seed=bits)
+    shrunk, unbiased = mse_grid(weight, encoding, unbiased=False), mse_grid(weight, encoding)
+    relative = (group_errors(weight, shrunk, encoding).sum() / weight.double().square().sum()).item()
+    before, after = (1 - lengths(weight, grid, encoding).mean().item() for grid in (shrunk, unbiased))
+    assert before == pytest.approx(relative, rel=0.15)  # a conditional mean is as much shorter as its error is large
+    assert abs(after) < 0.6 * before  # codes are chosen anew afterwards, so that not all of it comes back
+    grown = group_errors(weight, unbiased, encoding).sum() / group_errors(weight, shrunk, encoding).sum()
+    assert grown < 1 + 1.5 * relative
+
+
+@pytest.mark.parametrize(("scale_bits", "columns"), [(16, 256), (6, 300)])
+def test_important_columns_get_the_better_grid(scale_bits: int, columns: int) -> None:
+    encoding = Encoding(3, 64, scale_bits, 6)
+    weight = draws(2, 64, columns, seed=2)
+    importance = torch.exp(torch.randn(2, columns, generator=torch.Generator().manual_seed(3)))
+    plain, ours = mse_grid(weight, encoding), mse_grid(weight, encoding, importance)
+
+    def loss(grid: Grid) -> torch.Tensor:
+        error = decode(encode(weight, grid, encoding), grid, encoding) - weight
+        return (error.square() * importance[:, None]).sum()
+
+    assert loss(ours) < 0.96 * loss(plain)
+    assert group_errors(weight, ours, encoding).sum() > group_errors(weight, plain, encoding).sum()
+    alike = mse_grid(weight, encoding, torch.full((2, columns), 3.0))
+    torch.testing.assert_close(alike.scale, plain.scale, rtol=1e-4, atol=0)
 
 
 @settings(deadline=None, max_examples=60)

@@ -22,7 +22,7 @@ from milo.pipeline.planning import Source
 from milo.plan.budget import ROUNDS, Budget, BudgetPlan
 from milo.plan.plan import Row
 from milo.plan.recipe import DEFAULT
-from milo.plan.sensitivity import structural
+from milo.plan.sensitivity import Sensitivities, structural
 
 BudgetOption = Annotated[
     str | None,
@@ -48,7 +48,7 @@ _FLOAT32_WEIGHTS = 10**9
 def plan_by_budget(
     source: Source, budget: str, knobs: Knobs, counts: Path | None, sensitivity: str, self_calibrate: bool, device: str
 ) -> BudgetPlan:
-    """Measure the menu, find the sensitivities, allocate.
+    """Find the sensitivities, measure the menu, allocate.
 
     Raises:
         PlanError: no budget, or one that is too small.
@@ -58,13 +58,15 @@ def plan_by_budget(
     _check(knobs, counts, sensitivity)
     origin = "self" if self_calibrate else sensitivity
     groups = source.inventory.groups
-    with bar(sum(group.parameters for group in groups)) as update:
-        measured = measure_menu(source, device=device, progress=lambda done, total, name: update(done, f"menu: {name}"))
     if origin == "structure":
         known = structural(groups)
     else:
         with bar() as update:
             known = _gradients(source, origin == "self", device, update)
+    with bar(sum(group.parameters for group in groups)) as update:
+        measured = measure_menu(
+            source, known.importance, device=device, progress=lambda done, total, name: update(done, f"menu: {name}")
+        )
     return plan_budget(source, wanted, measured, known, origin, knobs.rounds or ROUNDS)
 
 
@@ -79,7 +81,7 @@ def _check(knobs: Knobs, counts: Path | None, sensitivity: str) -> None:
         raise MiloError(f"--budget chooses bits, groups and ranks itself; leave out {names or '--recipe'}")
 
 
-def _gradients(source: Source, own_text: bool, device: str, update: Callable[[float, str], None]) -> dict[str, float]:
+def _gradients(source: Source, own_text: bool, device: str, update: Callable[[float, str], None]) -> Sensitivities:
     """Sensitivities from the original, loaded for this and dropped again."""
     folder = source.checkpoint.folder
     weights = sum(group.parameters for group in source.inventory.groups)

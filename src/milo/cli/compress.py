@@ -6,11 +6,12 @@ import json
 import shlex
 import sys
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
 import typer
 from rich.table import Table
 
@@ -140,8 +141,10 @@ def quantize(
     source = open_source(model)
     check_destination(source.checkpoint, output, overwrite)
     where = visible_devices(devices)
+    importance: Mapping[str, torch.Tensor] = {}
     if budget is not None:
-        made = plan_by_budget(source, budget, knobs, counts, sensitivity, self_calibrate, where[0]).plan
+        found = plan_by_budget(source, budget, knobs, counts, sensitivity, self_calibrate, where[0])
+        made, importance = found.plan, found.importance
     else:
         made = _make_plan(source, knobs.for_model(source.checkpoint.config), counts)
     say(
@@ -161,6 +164,7 @@ def quantize(
             output,
             base_model=base_model,
             command=shlex.join(["milo", *sys.argv[1:]]),
+            importance=importance,
             devices=where,
             workers=workers,
             ray=ray,

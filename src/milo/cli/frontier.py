@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
 import typer
 from rich.table import Table
 
@@ -61,13 +63,13 @@ def frontier(
     plans: dict[str, Plan] = {
         recipe: plan_source(source, preset(recipe, source.checkpoint.config)) for recipe in PRESETS
     }
-    with bar(sum(group.parameters for group in source.inventory.groups)) as update:
-        measured = measure_menu(
-            source, device=device, progress=lambda done, total, group: update(done, f"menu: {group}")
-        )
     origin = "self" if self_calibrate else "random"
     with bar() as update:
         known = sensitivities(original, source.inventory, self_calibrate, update)
+    with bar(sum(group.parameters for group in source.inventory.groups)) as update:
+        measured = measure_menu(
+            source, known.importance, device=device, progress=lambda done, total, group: update(done, f"menu: {group}")
+        )
     for budget in wanted:
         try:
             plans[budget.text] = plan_budget(source, budget, measured, known, origin).plan
@@ -78,7 +80,7 @@ def frontier(
             original, ids, window, progress=lambda done, message: update(done, f"original: {message}")
         )
     points = [
-        _point(source, label, plan, reference, output, device, label not in PRESETS, keep)
+        _point(source, label, plan, {} if label in PRESETS else known.importance, reference, output, device, keep)
         for label, plan in plans.items()
     ]
     with suppress(OSError):  # not empty: something was kept, now or earlier
@@ -101,7 +103,14 @@ def frontier(
 
 
 def _point(
-    source: Source, label: str, plan: Plan, reference: Reference, output: Path, device: str, budget: bool, keep: bool
+    source: Source,
+    label: str,
+    plan: Plan,
+    importance: Mapping[str, torch.Tensor],
+    reference: Reference,
+    output: Path,
+    device: str,
+    keep: bool,
 ) -> Point:
     """Compress, count, judge."""
     folder = output / "models" / label
@@ -111,6 +120,7 @@ def _point(
             source.inventory,
             plan,
             folder,
+            importance=importance,
             devices=device,
             overwrite=True,
             progress=lambda done, total, name: update(done, f"{label}: {name}"),
@@ -123,7 +133,7 @@ def _point(
         shutil.rmtree(folder)
     return Point(
         recipe=label,
-        budget=budget,
+        budget=label not in PRESETS,
         compressed_bytes=size.compressed_bytes,
         bits_per_weight=size.bits_per_weight or 16.0,
         folder_bytes=size.folder_bytes,

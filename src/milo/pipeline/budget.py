@@ -10,6 +10,7 @@ from milo.pipeline.planning import Source
 from milo.plan.budget import ROUNDS, Budget, BudgetPlan, plan_for_bytes
 from milo.plan.menu import Measured
 from milo.plan.plan import Plan
+from milo.plan.sensitivity import Sensitivities
 
 # What the report and the model card take at most, a matrix and in all: they are written last, but must fit as well.
 _REPORT_ENTRY = 512
@@ -20,7 +21,7 @@ def plan_budget(
     source: Source,
     budget: Budget,
     measured: Mapping[str, Measured],
-    sensitivities: Mapping[str, float],
+    sensitivities: Sensitivities,
     origin: str,
     rounds: int = ROUNDS,
 ) -> BudgetPlan:

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 import milo
 from milo.checkpoint.compressed import FORMAT_VERSION, QUANT_METHOD, REPORT
 from milo.checkpoint.fingerprint import fingerprint
@@ -82,6 +84,7 @@ def compress_checkpoint(
     *,
     base_model: str | None = None,
     command: str | None = None,
+    importance: Mapping[str, torch.Tensor] | None = None,
     devices: str | Sequence[str] = "cpu",
     workers: int | None = None,
     ray: bool = False,
@@ -99,6 +102,8 @@ def compress_checkpoint(
         out: output folder; new, empty, or with an unfinished run of the same plan, source and shard size.
         base_model: name to record for the source.
         command: what the user typed, for the report.
+        importance: of the in-features (`milo.plan.sensitivity`), where the plan was made with it. A run that goes on
+            trusts it to be what it was: a plan's policy says where it came from, and its last bits do not matter.
         devices: where matrices are solved, see `milo.pipeline.devices.visible_devices`. Several GPUs get a process
             each, so a script that names them needs the usual `if __name__ == "__main__"`.
         workers: threads if the CPU solves; its cores by default.
@@ -121,7 +126,7 @@ def compress_checkpoint(
     shards = lay_out_checkpoint(source, inventory, plan, max_shard_size)
     writer = FolderWriter(out, shards)
     groups = {group.name: group for group in inventory.groups}
-    job = Job(source, groups, plan, tuple(inventory.left), writer.place)
+    job = Job(source, groups, plan, tuple(inventory.left), writer.place, importance or {})
     items = work_items(plan, {name: copied_spec(source, name).nbytes for name in inventory.left})
     journal = _open_journal(writer, _header(source, plan, max_shard_size), restart)
     book = Book(job, journal, writer, progress)

@@ -1,6 +1,6 @@
 """One compression as its workers see it: read an item, solve it, write it, say what was done.
 
-A `Job` holds no open file and no tensor, so that it can be sent to another process or another machine. The three
+A `Job` holds no open file and no weights, so that it can be sent to another process or another machine. The three
 steps are separate methods because a GPU overlaps them (`milo.pipeline.lane`); a CPU thread takes them in turn.
 """
 
@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Executor
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -74,6 +74,7 @@ class Job:
         plan: what to do with them.
         copied: names of the tensors that are copied.
         place: where results go.
+        importance: of the in-features, float32 `[E, K]` by group name, for the groups where it is known.
     """
 
     source: Checkpoint
@@ -81,6 +82,7 @@ class Job:
     plan: Plan
     copied: tuple[str, ...]
     place: TensorWriter
+    importance: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
     def carry(self, item: Item, device: str = "cpu", scribe: Executor | None = None) -> Done:
         """Read, solve and write one item in turn.
@@ -116,7 +118,8 @@ class Job:
         row = self.plan.by_name[item.row]
         try:
             with on_device(device):
-                return solve_piece(stack.on(device), row, item.members, self.plan.rounds)
+                importance = self.importance.get(item.row)
+                return solve_piece(stack.on(device), row, item.members, self.plan.rounds, importance)
         except torch.OutOfMemoryError as error:
             raise DeviceError(
                 f"{device} has too little memory for {item.key} ({len(item.members)} × {row.shape}); free some of it, "

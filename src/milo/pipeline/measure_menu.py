@@ -9,14 +9,15 @@ further rounds end a few per cent lower.
 from __future__ import annotations
 
 import math
-from collections import deque
-from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 
 from milo.format.matrix import Encoding
+from milo.pipeline.job import on_device
 from milo.pipeline.planning import Source
+from milo.pipeline.pools import as_finished, solving_threads
 from milo.pipeline.work import one_thread, pieces, read_members, worker_count
 from milo.plan.budget import GRID
 from milo.plan.menu import MENU, RANKS, Measured
@@ -30,11 +31,10 @@ _MARGIN = 0.05
 # Where codes are finer, what a rank buys is dearer than a bit.
 _RANKED_BITS = 4
 
-Errors = dict[Encoding, list[dict[int, float]]]
-
 
 def measure_menu(
     source: Source,
+    importance: Mapping[str, torch.Tensor] | None = None,
     menu: Sequence[Encoding] = MENU,
     ranks: Sequence[int] = RANKS,
     device: str = "cpu",
@@ -44,6 +44,7 @@ def measure_menu(
 
     Args:
         source: an opened source.
+        importance: of the in-features, float32 `[E, K]` by group name (`milo.plan.sensitivity`).
         menu: encodings to try.
         ranks: ranks to try.
         device: where matrices are solved.
@@ -54,55 +55,63 @@ def measure_menu(
     """
     groups = {group.name: group for group in source.inventory.groups}
     rows = [Row(g.name, g.role, g.kind, g.shape, (0,) * g.count, menu[0], GRID, g.transposed) for g in groups.values()]
-    norms = dict.fromkeys(groups, 0.0)
-    errors: dict[str, Errors] = {name: {encoding: [] for encoding in menu} for name in groups}
 
-    def solve(row: Row, members: range) -> tuple[float, Errors]:
+    @torch.no_grad()
+    def solve(item: tuple[Row, range]) -> tuple[Row, range, list[_Member]]:
+        row, members = item
         weight = read_members(source.checkpoint, groups[row.name], members).on(device).float()
-        return _errors(weight, menu, ranks, row.name)
+        known = (importance or {}).get(row.name)
+        with on_device(device):
+            found = _errors(
+                weight, menu, ranks, row.name, None if known is None else known[members.start : members.stop]
+            )
+        return row, members, found
 
     total, done = sum(row.parameters for row in rows), 0
+    members_of: dict[str, dict[int, _Member]] = {name: {} for name in groups}
     workers = worker_count(device)
-    pool = ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,))
-    flying: deque[tuple[Row, range, Future[tuple[float, Errors]]]] = deque()
-
-    def land() -> None:
-        nonlocal done
-        row, members, future = flying.popleft()
-        norm, found = future.result()
-        norms[row.name] += norm
-        for encoding, by_member in found.items():
-            errors[row.name][encoding] += by_member
-        done += len(members) * row.shape[0] * row.shape[1]
-        progress(done, total, row.name)
-
-    with one_thread():
-        try:
-            for row in rows:
-                for members in pieces(row):
-                    flying.append((row, members, pool.submit(solve, row, members)))
-                    if len(flying) > workers:
-                        land()
-            while flying:
-                land()
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
-    return {name: Measured(norms[name], errors[name]) for name in groups}
+    pool = solving_threads(workers)
+    try:
+        with one_thread():
+            items = ((row, members) for row in rows for members in pieces(row))
+            for row, members, found in as_finished(pool, solve, items, workers + 1):
+                members_of[row.name] |= dict(zip(members, found, strict=True))
+                done += len(members) * row.shape[0] * row.shape[1]
+                progress(done, total, row.name)
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+    return {name: _measured([found[m] for m in sorted(found)], menu) for name, found in members_of.items()}
 
 
-def _errors(weight: torch.Tensor, menu: Sequence[Encoding], ranks: Sequence[int], name: str) -> tuple[float, Errors]:
+@dataclass
+class _Member:
+    """One matrix: its squared norm, and its squared errors by encoding and rank."""
+
+    norm: float
+    errors: dict[Encoding, dict[int, float]]
+
+
+def _measured(members: Sequence[_Member], menu: Sequence[Encoding]) -> Measured:
+    return Measured(sum(m.norm for m in members), {e: [m.errors[e] for m in members] for e in menu})
+
+
+def _errors(
+    weight: torch.Tensor, menu: Sequence[Encoding], ranks: Sequence[int], name: str, importance: torch.Tensor | None
+) -> list[_Member]:
     norms = torch.linalg.vector_norm(weight, dim=(1, 2)).double().square().tolist()
-    found: Errors = {}
+    found = [_Member(norm, {}) for norm in norms]
     for encoding in menu:
-        plain = solve_stack(weight, [0] * len(norms), encoding, GRID, name=name)
-        found[encoding] = [{0: solved.error**2 * norm} for solved, norm in zip(plain, norms, strict=True)]
+        plain = solve_stack(weight, [0] * len(norms), encoding, GRID, name=name, importance=importance)
+        for member, solved in zip(found, plain, strict=True):
+            member.errors[encoding] = {0: solved.weighted_error**2 * member.norm}
     for rank, members in _promising(weight, norms, ranks, menu[0]).items():
         part = weight[torch.tensor(members, device=weight.device)]
+        known = None if importance is None else importance[members]
         for encoding in (e for e in menu if e.bits <= _RANKED_BITS):
-            ranked = solve_stack(part, [rank] * len(members), encoding, GRID, MENU_ROUNDS, name)
-            for member, solved in zip(members, ranked, strict=True):
-                found[encoding][member][rank] = solved.error**2 * norms[member]
-    return sum(norms), found
+            ranked = solve_stack(part, [rank] * len(members), encoding, GRID, MENU_ROUNDS, name, known)
+            for m, solved in zip(members, ranked, strict=True):
+                found[m].errors[encoding][rank] = solved.weighted_error**2 * norms[m]
+    return found
 
 
 def _promising(

@@ -12,13 +12,14 @@ import signal
 import threading
 import traceback
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Executor, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
+from itertools import islice
 from multiprocessing import connection, get_context, parent_process, resource_tracker
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import torch
 
@@ -26,6 +27,9 @@ from milo.errors import DeviceError
 from milo.pipeline.job import Done, Job, on_device
 from milo.pipeline.lane import DEPTH, run_lane
 from milo.pipeline.work import Item, one_thread
+
+A = TypeVar("A")
+B = TypeVar("B")
 
 
 class Pool(Protocol):
@@ -42,6 +46,26 @@ class Pool(Protocol):
         ...
 
 
+def solving_threads(workers: int) -> ThreadPoolExecutor:
+    """Threads whose PyTorch operations have one thread each."""
+    return ThreadPoolExecutor(workers, "solve", initializer=torch.set_num_threads, initargs=(1,))
+
+
+def as_finished(pool: Executor, work: Callable[[A], B], items: Iterable[A], most: int) -> Iterator[B]:
+    """Results in the order in which they are finished; at most `most` items are begun and not yet yielded."""
+    waiting = iter(items)
+    flying = {pool.submit(work, item) for item in islice(waiting, most)}
+    while flying:
+        finished, flying = wait(flying, return_when=FIRST_COMPLETED)
+        for future in sorted(finished, key=_failed):  # what is finished is kept, even if something else has failed
+            flying |= {pool.submit(work, item) for item in islice(waiting, 1)}
+            yield future.result()
+
+
+def _failed(future: Future[B]) -> bool:
+    return future.exception() is not None
+
+
 class ThreadPool:
     """CPU cores of this process, an item each.
 
@@ -52,21 +76,15 @@ class ThreadPool:
     def __init__(self, job: Job, workers: int) -> None:
         self.job = job
         self.workers = workers
-        self._pool = ThreadPoolExecutor(workers, "solve", initializer=torch.set_num_threads, initargs=(1,))
+        self._pool = solving_threads(workers)
         self._scribe = ThreadPoolExecutor(1, "write")
 
     def run(self, items: Iterable[Item]) -> Iterator[Done]:
-        waiting = iter(items)
-        flying: set[Future[Done]] = set()
+        def carry(item: Item) -> Done:
+            return self.job.carry(item, "cpu", self._scribe)
+
         with one_thread():
-            while True:
-                while len(flying) < 2 * self.workers and (item := next(waiting, None)) is not None:
-                    flying.add(self._pool.submit(self.job.carry, item, "cpu", self._scribe))
-                if not flying:
-                    return
-                finished, flying = wait(flying, return_when=FIRST_COMPLETED)
-                for future in finished:
-                    yield future.result()
+            yield from as_finished(self._pool, carry, items, 2 * self.workers)
 
     def close(self) -> None:
         self._pool.shutdown(wait=False, cancel_futures=True)

@@ -114,10 +114,13 @@ def pieces(row: Row) -> Iterator[range]:
         yield range(first, min(first + size, len(row.ranks)))
 
 
-def solve_piece(weight: torch.Tensor, row: Row, members: range, rounds: int) -> list[Solved]:
-    """Solve `weight [len(members), N, K]` as the plan's row says."""
+def solve_piece(
+    weight: torch.Tensor, row: Row, members: range, rounds: int, importance: torch.Tensor | None = None
+) -> list[Solved]:
+    """Solve `weight [len(members), N, K]` as the plan's row says; `importance [E, K]` is of all the row's members."""
     ranks = [row.ranks[m] for m in members]
-    return solve_stack(weight, ranks, row.encoding, row.grid, rounds, row.name)
+    ours = None if importance is None else importance[members.start : members.stop]
+    return solve_stack(weight, ranks, row.encoding, row.grid, rounds, row.name, ours)
 
 
 def read_members(checkpoint: Checkpoint, group: Group, members: range, pinned: bool = False) -> Stack:

@@ -7,12 +7,15 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import torch
+
 from milo.checkpoint.inventory import Group
 from milo.errors import PlanError
 from milo.format.matrix import Encoding
 from milo.plan.allocate import Allocation, allocate
 from milo.plan.menu import Measured, Option, option, units
 from milo.plan.plan import Plan, Row
+from milo.plan.sensitivity import Sensitivities
 
 GRID = "mse"
 ROUNDS = 10
@@ -81,17 +84,19 @@ class BudgetPlan:
         plan: the plan.
         allocation: totals, the price of a byte, the proven bound.
         losses: share of the loss by group name.
+        importance: of the in-features, as it was measured with and has to be compressed with.
     """
 
     plan: Plan
     allocation: Allocation
     losses: Mapping[str, float]
+    importance: Mapping[str, torch.Tensor]
 
 
 def plan_for_bytes(
     groups: Sequence[Group],
     measured: Mapping[str, Measured],
-    sensitivities: Mapping[str, float],
+    sensitivities: Sensitivities,
     nbytes: int,
     policy: str,
     rounds: int = ROUNDS,
@@ -101,7 +106,7 @@ def plan_for_bytes(
     Args:
         groups: what is compressed, in checkpoint order.
         measured: errors of every group's options, by name.
-        sensitivities: loss at a relative squared error of 1, by name.
+        sensitivities: loss at a relative squared error of 1.
         nbytes: bytes of all compressed matrices.
         policy: how the plan came about, for reports.
         rounds: solves at most where there are compensators.
@@ -115,7 +120,10 @@ def plan_for_bytes(
         """By unit, encoding, group."""
         return [
             [
-                [option(group, measured[group.name], sensitivities[group.name], encoding, price) for group in unit]
+                [
+                    option(group, measured[group.name], sensitivities.costs[group.name], encoding, price)
+                    for group in unit
+                ]
                 for encoding in measured[unit[0].name].errors
             ]
             for unit in together
@@ -136,7 +144,7 @@ def plan_for_bytes(
             rows[group.name] = _row(group, chosen.encoding, chosen.ranks)
             losses[group.name] = chosen.loss
     plan = Plan(tuple(rows[group.name] for group in groups), "budget", policy, rounds)
-    return BudgetPlan(plan, found, losses)
+    return BudgetPlan(plan, found, losses, sensitivities.importance)
 
 
 def _allocate(menu: Sequence[Sequence[Sequence[Option]]], nbytes: int) -> Allocation:

@@ -15,6 +15,7 @@ from milo.checkpoint.inventory import Group, Kind
 from milo.format.matrix import Encoding
 
 MENU = (
+    Encoding(3, 128, 6, 6),
     Encoding(3, 64, 6, 6),
     Encoding(3, 32, 6, 6),
     Encoding(4, 64, 6, 6),
@@ -34,7 +35,8 @@ class Measured:
 
     Attributes:
         norm: `Σ‖W‖²` over the members.
-        errors: for every encoding, for every member, `‖W − Ŵ‖²` by rank (0 always among them).
+        errors: for every encoding, for every member, `‖W − Ŵ‖²` (in-features weighted by their importance) by rank (0
+            always among them).
     """
 
     norm: float

@@ -2,7 +2,8 @@
 
 If a group's weights carry an error of relative squared size ρ² that looks like noise, the model's predictions move by
 about `s · ρ²` nats. The errors of different groups add up (that is what makes an allocation a knapsack), so the
-sensitivities `s` are all that an allocator has to know of the model. Only their ratios matter to it.
+sensitivities `s` are all that an allocator has to know of the model. Only their ratios matter to it. The grid search
+can use one thing more: which in-features of a matrix its errors hurt most (`importance`).
 
 `structural` reads them off the checkpoint's names. Every expert matrix counts for 1/E of its stack, since it sees 1/E
 of the tokens; so a whole stack counts like one dense matrix. The weights of the roles were measured on one small
@@ -13,7 +14,10 @@ Mixtral (docs/log.md) and rounded. What they cannot know is how much each block 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
 
 from milo.checkpoint.inventory import Group
 
@@ -36,9 +40,23 @@ _LEAVES = (
 _UNKNOWN = 2 / 3
 
 
-def structural(groups: Sequence[Group]) -> dict[str, float]:
-    """Sensitivities from names alone, by group name; the unit is arbitrary."""
-    return {group.name: role_weight(group.name) for group in groups}
+@dataclass(frozen=True)
+class Sensitivities:
+    """What is known of a model's groups, by group name.
+
+    Attributes:
+        costs: nats of KL divergence a token at a relative squared error of 1.
+        importance: float32 `[E, K]` on the CPU, weights of the in-features' squared errors, 1 on average over each
+            matrix; groups that are missing count all in-features alike.
+    """
+
+    costs: Mapping[str, float]
+    importance: Mapping[str, torch.Tensor] = field(default_factory=dict)
+
+
+def structural(groups: Sequence[Group]) -> Sensitivities:
+    """Sensitivities from names alone; the unit is arbitrary, and no in-feature stands out."""
+    return Sensitivities({group.name: role_weight(group.name) for group in groups})
 
 
 def role_weight(name: str) -> float:

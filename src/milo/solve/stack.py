@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -17,13 +19,15 @@ from milo.format.matrix import Encoding
 from milo.solve.alternate import GridSearch, alternate
 from milo.solve.clip_search import mse_grid
 from milo.solve.factors import round_factors
-from milo.solve.grid import decode, grid_tensors, minmax_grid, nearest, pack
+from milo.solve.grid import Grid, decode, grid_tensors, minmax_grid, nearest, pack
 from milo.solve.half_quadratic import hqq_grid
 from milo.solve.lowrank import whole
 
 GRIDS: dict[str, GridSearch] = {"rtn": minmax_grid, "hqq": hqq_grid, "mse": mse_grid}
 # Grids whose compensators start from the weights; the others start as the paper does.
 FACTORS_FIRST = ("mse",)
+# Grids that know how to weight the in-features.
+WEIGHTED: dict[str, Callable[..., Grid]] = {"mse": mse_grid}
 
 
 @dataclass
@@ -35,12 +39,14 @@ class Solved:
         error: relative Frobenius error `‖W − Ŵ‖ / ‖W‖` of what is stored (0 for a zero matrix).
         error_unrounded: the same before the factors were rounded.
         rounds: solves that ran.
+        weighted_error: `error` with every in-feature's squared error times its importance.
     """
 
     tensors: dict[str, torch.Tensor]
     error: float
     error_unrounded: float
     rounds: int
+    weighted_error: float
 
 
 def solve_stack(
@@ -50,6 +56,7 @@ def solve_stack(
     grid: str = "hqq",
     rounds: int = 20,
     name: str = "weight",
+    importance: torch.Tensor | None = None,
 ) -> list[Solved]:
     """Compress every matrix of a stack.
 
@@ -60,6 +67,8 @@ def solve_stack(
         grid: `rtn`, `hqq` or `mse`.
         rounds: solves of the alternation at most (matrices of rank 0 take one).
         name: used in error messages.
+        importance: float32 `[E, K]`, weights of the in-features' squared errors, 1 on average; all alike without. Only
+            `mse` follows it.
 
     Returns:
         One `Solved` a matrix, in order.
@@ -80,13 +89,23 @@ def solve_stack(
     for members in _buckets(ranks, min(weight.shape[1:]), least):
         index = torch.tensor(members, device=weight.device)
         part = weight if len(members) == weight.shape[0] else weight[index]
-        solved = _solve_bucket(part, [ranks[m] for m in members], encoding, grid, rounds)
+        ours = None if importance is None else importance.to(weight.device)[index]
+        solved = _solve_bucket(part, [ranks[m] for m in members], encoding, grid, rounds, ours)
         results.update(zip(members, solved, strict=True))
     return [results[m] for m in range(len(ranks))]
 
 
-def _solve_bucket(weight: torch.Tensor, ranks: list[int], encoding: Encoding, grid: str, rounds: int) -> list[Solved]:
+def _solve_bucket(
+    weight: torch.Tensor,
+    ranks: list[int],
+    encoding: Encoding,
+    grid: str,
+    rounds: int,
+    importance: torch.Tensor | None,
+) -> list[Solved]:
     search, fit, ran = GRIDS[grid], None, [1] * len(ranks)
+    if importance is not None and grid in WEIGHTED:
+        search = partial(WEIGHTED[grid], importance=importance)
     if max(ranks) > 0 and min(ranks) < min(weight.shape[1:]):
         best = alternate(weight, ranks, search, encoding, rounds, factors_first=grid in FACTORS_FIRST)
         found, codes, fit, unrounded, ran = best.grid, best.codes, best.fit, best.error, best.rounds.tolist()
@@ -94,7 +113,7 @@ def _solve_bucket(weight: torch.Tensor, ranks: list[int], encoding: Encoding, gr
     else:
         found = search(weight, encoding)
         codes, unrounded = nearest(weight, found, encoding)
-    error = unrounded
+    error, target = unrounded, weight
     factors: list[dict[str, torch.Tensor]] = [{} for _ in ranks]
     if max(ranks) > 0:
         target = weight - decode(codes, found, encoding)
@@ -119,10 +138,20 @@ def _solve_bucket(weight: torch.Tensor, ranks: list[int], encoding: Encoding, gr
 
     norm = torch.linalg.vector_norm(weight, dim=(1, 2)).double()
     relative = torch.where(norm > 0, 1 / norm, 0.0)
-    errors, errors_unrounded = (torch.stack([error, unrounded]) * relative).tolist()
+    weighted = error
+    if importance is not None:
+        left = (decode(codes, found, encoding) - target).square_()
+        weighted = (left.sum(1, dtype=torch.float64) * importance).sum(1).sqrt()
+    errors, errors_unrounded, errors_weighted = (torch.stack([error, unrounded, weighted]) * relative).tolist()
     stacked = _code_tensors(codes, encoding) | grid_tensors(found, encoding)
     return [
-        Solved({k: t[i] for k, t in stacked.items()} | factors[i], errors[i], errors_unrounded[i], ran[i])
+        Solved(
+            {k: t[i] for k, t in stacked.items()} | factors[i],
+            errors[i],
+            errors_unrounded[i],
+            ran[i],
+            errors_weighted[i],
+        )
         for i in range(len(ranks))
     ]
 
