@@ -1,10 +1,12 @@
 """The allocator against everything it must beat, at equal bytes counted from the files.
 
-    python benchmarks/budget.py MODEL --text wiki.test.hf_join.txt --lambada lambada_test.jsonl --out FILE.json
+    python benchmarks/budget.py MODEL... --text wiki.test.hf_join.txt --lambada lambada_test.jsonl --out FOLDER
 
 HQQ, MiLo with dense rank hidden/4 and expert rank 16 (10 rounds), every uniform choice of the menu, the role-only rule
-(dense roles at 5 or 6 bits, experts the rest), and budgets of the same bytes. Rows are written as they come; every
-budget row names what it stands against, with the paired difference of the divergences.
+(dense roles at 5 or 6 bits, experts the rest), and budgets of the same bytes. Uniform choices and the role-only rule
+have the allocator's own grids, in-feature weights included, so that allocation is all they differ in. One
+`budget_NAME.json` a model; rows are written as they come, the ones that matter most first. Every budget row names what
+it stands against, with the paired difference of the divergences.
 """
 
 from __future__ import annotations
@@ -13,9 +15,11 @@ import argparse
 import json
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import transformers
@@ -36,8 +40,9 @@ from milo.plan.budget import GRID, Budget
 from milo.plan.menu import MENU
 from milo.plan.plan import Plan
 from milo.plan.recipe import custom_recipe
-from milo.plan.sensitivity import structural
+from milo.plan.sensitivity import Sensitivities, structural
 
+T = TypeVar("T")
 MILO = "milo h/4 + 16"
 FIVE, SIX = Encoding(5, 64, 6, 8), Encoding(6, 64, 6, 8)
 
@@ -51,11 +56,11 @@ def fixed_plans(source: Source) -> dict[str, Plan]:
     }
     blank = plan_source(source, custom_recipe("hqq", config, grid=GRID))
     for dense in (FIVE, SIX):
-        for experts in MENU[:2]:
+        for experts in MENU[:3]:
             rows = tuple(replace(row, encoding=dense if row.role.dense else experts) for row in blank.rows)
             name = f"dense {dense.bits}/{dense.group_size}, experts {experts.bits}/{experts.group_size}"
             plans[name] = replace(blank, rows=rows, recipe=name)
-    for encoding in MENU[1:4]:  # the first is the least there is: nothing to allocate
+    for encoding in MENU[1:-1]:  # the first is the least there is and the last the most: nothing to allocate
         name = f"uniform {encoding.bits}/{encoding.group_size}"
         plans[name] = replace(blank, rows=tuple(replace(row, encoding=encoding) for row in blank.rows), recipe=name)
     return plans
@@ -64,16 +69,18 @@ def fixed_plans(source: Source) -> dict[str, Plan]:
 class Bench:
     """Compresses plans and judges the folders on every text."""
 
-    def __init__(self, args: argparse.Namespace) -> None:
-        self.args, self.source = args, open_source(args.model)
-        folder = Path(args.model)
+    def __init__(self, folder: Path, args: argparse.Namespace) -> None:
+        self.args, self.source = args, open_source(str(folder))
+        self.out = args.out / f"budget_{folder.name}.json"
         self.model = load_model(folder, "float32", args.device)
         tokenizer = load_tokenizer(folder)
         wiki = tokenize(tokenizer, load_text(args.text)[0], args.tokens)
         lines = args.lambada.read_text(encoding="utf-8").splitlines()
         passages = "\n\n".join(json.loads(line)["text"] for line in lines)
         texts = {"wikitext2": wiki, "lambada": tokenize(tokenizer, passages, args.lambada_tokens)}
-        self.references = {name: Reference(self.model, ids, args.window, batch=16) for name, ids in texts.items()}
+        self.references = {
+            name: Reference(self.model, ids, args.window, batch=16, held=args.device) for name, ids in texts.items()
+        }
         self.scores: dict[str, dict[str, Scores]] = {}
         self.result: dict[str, Any] = {
             "model": folder.name,
@@ -88,11 +95,20 @@ class Bench:
             "rows": [],
         }
 
-    def judge(self, label: str, plan: Plan, against: str | None = None, **more: Any) -> dict[str, Any]:
+    def judge(
+        self, label: str, plan: Plan, known: Sensitivities | None = None, against: str | None = None, **more: Any
+    ) -> None:
         """Compress, count, compare, write."""
         with tempfile.TemporaryDirectory() as out:
             begin = time.perf_counter()
-            compress_checkpoint(self.source.checkpoint, self.source.inventory, plan, out, devices=self.args.device)
+            compress_checkpoint(
+                self.source.checkpoint,
+                self.source.inventory,
+                plan,
+                out,
+                importance=known.importance if known else None,
+                devices=self.args.device,
+            )
             seconds = time.perf_counter() - begin
             size = measure_size(Path(out))
             assert size.compressed_bytes == plan.nbytes
@@ -117,18 +133,62 @@ class Bench:
         if against:
             row["against"] = against
         self.result["rows"].append(row)
-        self.args.out.parent.mkdir(parents=True, exist_ok=True)
-        self.args.out.write_text(json.dumps(self.result, indent=1) + "\n")
+        self.out.write_text(json.dumps(self.result, indent=1) + "\n")
         print(
             json.dumps({k: row[k] for k in ("recipe", "bits_per_weight", "against", "wikitext2") if k in row}),
             flush=True,
         )
-        return row
+
+
+def run(folder: Path, args: argparse.Namespace) -> None:
+    """All rows of one model."""
+    bench = Bench(folder, args)
+    source = bench.source
+    seconds: dict[str, float] = {}
+
+    def timed(name: str, work: Callable[[], T]) -> T:
+        begin = time.perf_counter()
+        found = work()
+        seconds[name] = round(time.perf_counter() - begin, 1)
+        return found
+
+    known = {
+        "random": timed("random", lambda: sensitivities(bench.model, source.inventory)),
+        "self": timed("self", lambda: sensitivities(bench.model, source.inventory, own_text=True)),
+        "structure": structural(source.inventory.groups),
+    }
+    measured = {
+        origin: timed(f"menu, {origin}", partial(measure_menu, source, found.importance, device=args.device))
+        for origin, found in known.items()
+    }
+    bench.result["seconds"] = seconds
+    bench.result["sensitivities"] = {origin: found.costs for origin, found in known.items()}
+    plans = fixed_plans(source)
+    weights = sum(group.parameters for group in source.inventory.groups)
+    rates = {label: 8 * plan.nbytes / weights for label, plan in plans.items()}
+
+    def budget(origin: str, against: str, share: float = 1.0) -> None:
+        rate = share * rates[against]
+        found = plan_budget(source, Budget(f"{rate:.4f}bpw", rate=rate), measured[origin], known[origin], origin)
+        label = f"budget {rate:.4f} ({origin}) against {against}"
+        loss = found.allocation.loss
+        bench.judge(label, found.plan, known[origin], against, sensitivities=origin, predicted_kl=loss)
+
+    bench.judge(MILO, plans[MILO])
+    bench.judge("hqq", plans["hqq"])
+    for origin in known:
+        budget(origin, MILO)
+    budget("random", "hqq")
+    budget("random", MILO, 0.86)
+    for label, plan in plans.items():
+        if label not in (MILO, "hqq"):
+            bench.judge(label, plan, known["random"])
+            budget("random", label)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("model")
+    parser.add_argument("models", type=Path, nargs="+")
     parser.add_argument("--text", type=Path)
     parser.add_argument("--lambada", type=Path, required=True)
     parser.add_argument("--window", type=int, default=512)
@@ -138,48 +198,11 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
     torch.set_num_threads(1)
-
-    bench = Bench(args)
-    source = bench.source
-    groups = source.inventory.groups
-    begin = time.perf_counter()
-    measured = measure_menu(source, device=args.device)
-    bench.result["menu_s"] = time.perf_counter() - begin
-    begin = time.perf_counter()
-    known = {"random": sensitivities(bench.model, source.inventory)}
-    bench.result["sensitivities_s"] = time.perf_counter() - begin
-    known["self"] = sensitivities(bench.model, source.inventory, own_text=True)
-    known["structure"] = structural(groups)
-    bench.result["sensitivities"] = known
-    weights = sum(group.parameters for group in groups)
-
-    def budget(origin: str, rate: float, against: str) -> None:
-        found = plan_budget(source, Budget(f"{rate:.4f}bpw", rate=rate), measured, known[origin], origin)
-        label = f"budget {rate:.4f} ({origin}) against {against}"
-        bench.judge(label, found.plan, against, sensitivities=origin, predicted_kl=found.allocation.loss)
-
-    plans = fixed_plans(source)
-    rates = {label: 8 * plan.nbytes / weights for label, plan in plans.items()}
-
-    def fixed(*labels: str) -> None:
-        for label in labels:
-            bench.judge(label, plans[label])
-
-    def against(label: str) -> None:
-        fixed(label)
-        budget("random", rates[label], label)
-
-    fixed(MILO, "hqq")
-    for rate, label in ((rates[MILO], MILO), (rates["hqq"], "hqq"), (0.86 * rates[MILO], MILO)):
-        budget("random", rate, label)
-    against("dense 5/64, experts 3/32")
-    against("uniform 3/32")
-    for origin in ("structure", "self"):
-        budget(origin, rates[MILO], MILO)
-    against("uniform 4/64")
-    budget("structure", rates["dense 5/64, experts 3/32"], "dense 5/64, experts 3/32")
-    for label in ("dense 5/64, experts 3/64", "dense 6/64, experts 3/32", "dense 6/64, experts 3/64", "uniform 4/32"):
-        against(label)
+    args.out.mkdir(parents=True, exist_ok=True)
+    for folder in args.models:
+        begin = time.perf_counter()
+        run(folder, args)
+        print(f"{folder.name}: {time.perf_counter() - begin:.0f} s", flush=True)
 
 
 if __name__ == "__main__":

@@ -42,8 +42,8 @@ def table(result: dict[str, Any]) -> str:
     tokens = result["tokens"]
     head = (
         f"### {result['model']}\n\n{tokens['wikitext2']:,} tokens of WikiText-2's test split, "
-        f"{tokens['lambada']:,} of LAMBADA; {result['device']}; menu {result['menu_s']:.0f} s, "
-        f"sensitivities {result['sensitivities_s']:.0f} s.\n"
+        f"{tokens['lambada']:,} of LAMBADA; {result['device']}; sensitivities {result['seconds']['random']:.0f} s, "
+        f"menu {result['seconds']['menu, random']:.0f} s.\n"
     )
     return "\n".join([head, HEADER, "|---" * (HEADER.count("|") - 1) + "|", *map(line, result["rows"])])
 

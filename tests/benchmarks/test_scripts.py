@@ -62,3 +62,20 @@ def test_routing(model: Path, tmp_path: Path) -> None:
     assert all(len(row["routing"]) == 2 and row["tokens"] > 0 for row in found["rows"])
     assert "layer 1" in table
     assert len(table.splitlines()) == 2 + 4
+
+
+def test_budget(model: Path, tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text("The quick brown fox jumps over the lazy dog. " * 9)
+    (tmp_path / "lambada.jsonl").write_text('{"text": "' + "A passage of words. " * 9 + '"}\n')
+    options = ["--text", tmp_path / "text.txt", "--lambada", tmp_path / "lambada.jsonl", "--window", "64"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(BENCHMARKS)
+        patch.setattr(sys, "argv", ["budget.py", *map(str, [model, *options, "--device", "cpu", "--out", tmp_path])])
+        runpy.run_path(str(BENCHMARKS / "budget.py"), run_name="__main__")
+        found = json.loads((tmp_path / f"budget_{model.name}.json").read_text())
+        table = runpy.run_path(str(BENCHMARKS / "budget_table.py"))["table"](found)
+    budgets = [row for row in found["rows"] if "against" in row]
+    others = {row["recipe"]: row["compressed_bytes"] for row in found["rows"] if "against" not in row}
+    assert set(others) == {row["against"] for row in budgets}
+    assert all(row["compressed_bytes"] <= others[row["against"]] for row in budgets)
+    assert len(table.splitlines()) == 6 + len(found["rows"])

@@ -65,6 +65,7 @@ class Reference:
         ids: int64 `[T]`.
         window: tokens a window; windows stand side by side.
         batch: windows a forward pass.
+        held: device that keeps the original's log-probabilities, 4 bytes a token and word.
         progress: called with (fraction, message).
 
     Raises:
@@ -77,12 +78,13 @@ class Reference:
         ids: torch.Tensor,
         window: int,
         batch: int = 8,
+        held: str = "cpu",
         progress: Progress = lambda fraction, message: None,
     ) -> None:
         check_fits(model, ids, window)
-        self._ids = ids
+        self._ids, self._held = ids, held
         self._runs = list(in_batches(cut(ids.numel(), window, window), batch))
-        self._kept: list[torch.Tensor] = []  # [windows, L - 1, vocabulary] a run, on the CPU
+        self._kept: list[torch.Tensor] = []  # [windows, L - 1, vocabulary] a run
         self.original = self._score(model, progress)
 
     def score(self, model: PreTrainedModel, progress: Progress = lambda fraction, message: None) -> Scores:
@@ -99,7 +101,7 @@ class Reference:
                 nll.append(-found.gather(-1, targets[..., None])[..., 0].mean(-1).double().cpu())
                 tokens.append(torch.full((len(run),), float(targets.shape[1]), dtype=torch.float64))
                 if first:
-                    self._kept.append(found.cpu())
+                    self._kept.append(found.to(self._held))
                     kl.append(torch.zeros(len(run), dtype=torch.float64))
                 else:
                     original = self._kept[number].to(found.device)
