@@ -155,7 +155,7 @@ def run(folder: Path, args: argparse.Namespace) -> None:
     known = {
         "random": timed("random", lambda: sensitivities(bench.model, source.inventory)),
         "self": timed("self", lambda: sensitivities(bench.model, source.inventory, own_text=True)),
-        "structure": structural(source.inventory.groups),
+        "structure": structural(source.inventory.candidates),
     }
     measured = {
         origin: timed(f"menu, {origin}", partial(measure_menu, source, found.importance, device=args.device))

@@ -27,9 +27,9 @@ def test_every_group_has_one_and_the_model_is_untouched(model_type: str) -> None
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     flags = [parameter.requires_grad for parameter in model.parameters()]
     found = sensitivities(model, inventory)
-    assert set(found.costs) == {group.name for group in inventory.groups}
+    assert set(found.costs) == {group.name for group in inventory.candidates}
     assert all(value > 0 for value in found.costs.values())
-    for group in inventory.groups:
+    for group in inventory.candidates:
         importance = found.importance[group.name]
         assert importance.shape == (group.count, group.shape[1])
         assert (importance > 0).all()

@@ -11,7 +11,7 @@ such as the first DeepSeek-MoE's) names and shapes must be enough, and what they
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from math import prod
@@ -110,12 +110,24 @@ class Inventory:
         groups: everything that can be compressed, in checkpoint order.
         left: the other tensors with their roles.
         expert_parameters: elements of all expert weights, compressible or not.
+        small_experts: expert matrices too narrow to be compressed.
+        head: an untied head. It is one of those left, but a plan for a number of bytes may compress it.
     """
 
     groups: list[Group]
     left: dict[str, Role]
     expert_parameters: int
     small_experts: list[str] = field(default_factory=list)
+    head: Group | None = None
+
+    @property
+    def candidates(self) -> list[Group]:
+        """Everything that a plan may compress."""
+        return self.groups + ([self.head] if self.head else [])
+
+    def kept(self, compressed: Container[str]) -> list[str]:
+        """Tensors that are copied under a plan that compresses these groups."""
+        return [name for name in self.left if name.removesuffix(".weight") not in compressed]
 
     def group(self, name: str) -> Group:
         for group in self.groups:
@@ -152,6 +164,7 @@ def take_inventory(
     left: dict[str, Role] = {}
     experts = 0
     small: list[str] = []
+    output: Group | None = None
     for head in heads:
         placement = placements.get(head.name) if placements else None
         role = _role(head, placement, model)
@@ -163,6 +176,9 @@ def take_inventory(
             left[head.name] = role
             if EXPERT_INDEX.search(head.name) and _is_matrix(head):
                 small.append(head.name)
+            # Without the class nobody knows whether it is tied to the embedding.
+            if role is Role.HEAD and placement and placement.kind == "linear" and head.dtype in _FLOATS:
+                output = _single(head, role)
             continue
         if head.dtype not in _FLOATS:
             raise UnsupportedModelError(
@@ -177,10 +193,9 @@ def take_inventory(
             listed[template][int(found[2])] = head
             groups.setdefault(template, None)
         else:
-            shape = (head.shape[0], head.shape[1])
-            groups[matrix] = Group(matrix, role, Kind.SINGLE, (head.name,), 1, shape, head.dtype)
+            groups[matrix] = _single(head, role)
     complete = [group or _experts(name, listed[name]) for name, group in groups.items()]
-    inventory = Inventory(complete, left, experts, small)
+    inventory = Inventory(complete, left, experts, small, output)
     _check_coverage(inventory, model)
     return inventory
 
@@ -205,6 +220,11 @@ def _role(head: TensorHead, placement: Placement | None, model: str) -> Role:
 
 def _is_matrix(head: TensorHead) -> bool:
     return len(head.shape) == 2
+
+
+def _single(head: TensorHead, role: Role) -> Group:
+    shape = (head.shape[0], head.shape[1])
+    return Group(head.name.removesuffix(".weight"), role, Kind.SINGLE, (head.name,), 1, shape, head.dtype)
 
 
 def _stack(head: TensorHead, matrix: str, role: Role, placement: Placement | None, model: str) -> Group:

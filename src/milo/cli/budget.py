@@ -57,7 +57,7 @@ def plan_by_budget(
     wanted = Budget.parse(budget)
     _check(knobs, counts, sensitivity)
     origin = "self" if self_calibrate else sensitivity
-    groups = source.inventory.groups
+    groups = source.inventory.candidates
     if origin == "structure":
         known = structural(groups)
     else:

@@ -66,7 +66,7 @@ def frontier(
     origin = "self" if self_calibrate else "random"
     with bar() as update:
         known = sensitivities(original, source.inventory, self_calibrate, update)
-    with bar(sum(group.parameters for group in source.inventory.groups)) as update:
+    with bar(sum(group.parameters for group in source.inventory.candidates)) as update:
         measured = measure_menu(
             source, known.importance, device=device, progress=lambda done, total, group: update(done, f"menu: {group}")
         )

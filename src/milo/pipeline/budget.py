@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 
+from milo.errors import PlanError
 from milo.pipeline.compress import lay_out_checkpoint, quantization_config, side_files
 from milo.pipeline.planning import Source
 from milo.plan.budget import ROUNDS, Budget, BudgetPlan, plan_for_bytes
@@ -25,7 +26,7 @@ def plan_budget(
     origin: str,
     rounds: int = ROUNDS,
 ) -> BudgetPlan:
-    """The plan of least predicted loss within a budget.
+    """The plan of least predicted loss within a budget; if that is a folder's, an untied head may be compressed, too.
 
     Args:
         source: an opened source.
@@ -38,15 +39,24 @@ def plan_budget(
     Raises:
         PlanError: the budget is too small.
     """
-    groups = source.inventory.groups
-    weights = sum(group.parameters for group in groups)
     policy = f"{budget.text}, {origin} sensitivities"
-    overhead = 0
-    if budget.folder is not None:
+    groups, candidates = source.inventory.groups, source.inventory.candidates
+    weights = sum(group.parameters for group in groups)
+    if budget.folder is None:
+        return plan_for_bytes(groups, measured, sensitivities, budget.matrix_bytes(weights, 0), policy, rounds)
+    found: list[BudgetPlan] = []
+    failed: PlanError | None = None
+    for chosen in [groups] if candidates == groups else [groups, candidates]:
         # What is not a matrix does not depend on the choices, but for some digits in headers and reports.
-        smallest = plan_for_bytes(groups, measured, sensitivities, 1 << 62, policy, rounds)
-        overhead = folder_overhead(source, smallest.plan)
-    return plan_for_bytes(groups, measured, sensitivities, budget.matrix_bytes(weights, overhead), policy, rounds)
+        rich = plan_for_bytes(chosen, measured, sensitivities, 1 << 62, policy, rounds)
+        try:
+            nbytes = budget.matrix_bytes(weights, folder_overhead(source, rich.plan))
+            found.append(plan_for_bytes(chosen, measured, sensitivities, nbytes, policy, rounds))
+        except PlanError as error:
+            failed = error
+    if failed and not found:
+        raise failed
+    return min(found, key=lambda each: each.allocation.loss)
 
 
 def folder_overhead(source: Source, plan: Plan) -> int:

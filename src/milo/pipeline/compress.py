@@ -125,14 +125,15 @@ def compress_checkpoint(
         source, out = Checkpoint(source.folder.absolute()), out.absolute()
     shards = lay_out_checkpoint(source, inventory, plan, max_shard_size)
     writer = FolderWriter(out, shards)
-    groups = {group.name: group for group in inventory.groups}
-    job = Job(source, groups, plan, tuple(inventory.left), writer.place, importance or {})
-    items = work_items(plan, {name: copied_spec(source, name).nbytes for name in inventory.left})
+    groups = {group.name: group for group in inventory.candidates}
+    kept = inventory.kept(plan.by_name)
+    job = Job(source, groups, plan, tuple(kept), writer.place, importance or {})
+    items = work_items(plan, {name: copied_spec(source, name).nbytes for name in kept})
     journal = _open_journal(writer, _header(source, plan, max_shard_size), restart)
     book = Book(job, journal, writer, progress)
     try:
         book.recover(items)
-        kept = book.weights
+        resumed = book.weights
         pool = None
         left = [item for item in in_order(items, plan) if item not in book.done]
         try:
@@ -162,7 +163,7 @@ def compress_checkpoint(
     finally:
         book.close()
         journal.close()
-    return Compressed(out, report, seconds, kept, book.stages, book.peak())
+    return Compressed(out, report, seconds, resumed, book.stages, book.peak())
 
 
 def check_destination(source: Checkpoint, out: Path, overwrite: bool) -> None:

@@ -38,7 +38,7 @@ def lay_out_checkpoint(
     source: Checkpoint, inventory: Inventory, plan: Plan, max_shard_size: int = MAX_SHARD_SIZE
 ) -> list[Shard]:
     """The output's shards: copied tensors first, then the matrices in the plan's order."""
-    units: list[Unit] = [[(name, copied_spec(source, name))] for name in inventory.left]
+    units: list[Unit] = [[(name, copied_spec(source, name))] for name in inventory.kept(plan.by_name)]
     for row in plan.rows:
         tensors = row.tensors()
         if row.kind is Kind.EXPERTS:

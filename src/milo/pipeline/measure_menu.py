@@ -14,13 +14,15 @@ from dataclasses import dataclass
 
 import torch
 
+from milo.checkpoint.inventory import Group
+from milo.checkpoint.roles import Role
 from milo.format.matrix import Encoding
 from milo.pipeline.job import on_device
 from milo.pipeline.planning import Source
 from milo.pipeline.pools import as_finished, solving_threads
 from milo.pipeline.work import one_thread, pieces, read_members, worker_count
 from milo.plan.budget import GRID
-from milo.plan.menu import MENU, RANKS, Measured
+from milo.plan.menu import HEAD_BITS, MENU, RANKS, Measured
 from milo.plan.plan import Row
 from milo.solve.lowrank import fit_lowrank
 from milo.solve.stack import solve_stack
@@ -53,7 +55,8 @@ def measure_menu(
     Raises:
         WeightError: NaN or Inf in a matrix.
     """
-    groups = {group.name: group for group in source.inventory.groups}
+    groups = {group.name: group for group in source.inventory.candidates}
+    offered = {name: _menu(group, menu) for name, group in groups.items()}
     rows = [Row(g.name, g.role, g.kind, g.shape, (0,) * g.count, menu[0], GRID, g.transposed) for g in groups.values()]
 
     @torch.no_grad()
@@ -63,7 +66,11 @@ def measure_menu(
         known = (importance or {}).get(row.name)
         with on_device(device):
             found = _errors(
-                weight, menu, ranks, row.name, None if known is None else known[members.start : members.stop]
+                weight,
+                offered[row.name],
+                ranks,
+                row.name,
+                None if known is None else known[members.start : members.stop],
             )
         return row, members, found
 
@@ -80,7 +87,12 @@ def measure_menu(
                 progress(done, total, row.name)
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
-    return {name: _measured([found[m] for m in sorted(found)], menu) for name, found in members_of.items()}
+    return {name: _measured([found[m] for m in sorted(found)], offered[name]) for name, found in members_of.items()}
+
+
+def _menu(group: Group, menu: Sequence[Encoding]) -> list[Encoding]:
+    """What a group is offered: a head, whose errors nothing behind it mends, no codes below `HEAD_BITS`."""
+    return [encoding for encoding in menu if group.role is not Role.HEAD or encoding.bits >= HEAD_BITS]
 
 
 @dataclass
@@ -104,10 +116,11 @@ def _errors(
         plain = solve_stack(weight, [0] * len(norms), encoding, GRID, name=name, importance=importance)
         for member, solved in zip(found, plain, strict=True):
             member.errors[encoding] = {0: solved.weighted_error**2 * member.norm}
-    for rank, members in _promising(weight, norms, ranks, menu[0]).items():
+    coarse = [encoding for encoding in menu if encoding.bits <= _RANKED_BITS]
+    for rank, members in _promising(weight, norms, ranks, coarse[0]).items() if coarse else ():
         part = weight[torch.tensor(members, device=weight.device)]
         known = None if importance is None else importance[members]
-        for encoding in (e for e in menu if e.bits <= _RANKED_BITS):
+        for encoding in coarse:
             ranked = solve_stack(part, [rank] * len(members), encoding, GRID, MENU_ROUNDS, name, known)
             for m, solved in zip(members, ranked, strict=True):
                 found[m].errors[encoding][rank] = solved.weighted_error**2 * norms[m]

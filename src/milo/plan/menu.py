@@ -23,6 +23,8 @@ MENU = (
     Encoding(6, 64, 6, 8),
     Encoding(8, 64, 6, 8),
 )
+# An untied head takes these bits at least, or stays as it is.
+HEAD_BITS = 6
 # Ranks that are tried where a matrix looks low-rank enough, see `milo.pipeline.measure_menu`.
 RANKS = (8, 32)
 

@@ -18,7 +18,7 @@ best guess at the real ones is the square root.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Self
 
 import torch
@@ -61,6 +61,7 @@ def sensitivities(
     Raises:
         FormatError: the inventory is of another model.
     """
+    inventory = replace(inventory, groups=inventory.candidates)
     blank = make_plan(inventory, Recipe("blank"), model.config.to_dict(), Evidence(lambda group: []))
     places = sites(model, blank)
     generator = torch.Generator().manual_seed(_SEED)
