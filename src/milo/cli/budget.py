@@ -7,15 +7,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
+import torch
 import typer
 from rich.table import Table
 
 from milo.checkpoint.roles import LAYER_INDEX
 from milo.cli.console import bar, err, out, say, size
 from milo.cli.options import Knobs
-from milo.errors import CheckpointError, MiloError
-from milo.evaluate.folder import load_model
+from milo.errors import CheckpointError, DeviceError, MiloError, UnsupportedModelError
 from milo.integrations.transformers.fisher import sensitivities
+from milo.integrations.transformers.streamed import streamed_model
 from milo.pipeline.budget import plan_budget
 from milo.pipeline.measure_menu import measure_menu
 from milo.pipeline.planning import Source
@@ -32,7 +33,7 @@ SensitivityOption = Annotated[
     str,
     typer.Option(
         "--sensitivity",
-        help="How --budget weighs errors. random: gradients of the original at random tokens (it must fit in memory); "
+        help="How --budget weighs errors. random: gradients of the original, a layer at a time, at random tokens; "
         "structure: names alone.",
     ),
 ]
@@ -41,8 +42,6 @@ SelfOption = Annotated[
     typer.Option("--self-calibrate", help="Gradients at tokens the original itself guesses, instead of random ones."),
 ]
 SENSITIVITIES = ("random", "structure")
-# Models up to this size take their gradients in float32, larger ones in their own dtype, on every machine alike.
-_FLOAT32_WEIGHTS = 10**9
 
 
 def plan_by_budget(
@@ -82,34 +81,15 @@ def _check(knobs: Knobs, counts: Path | None, sensitivity: str) -> None:
 
 
 def _gradients(source: Source, own_text: bool, device: str, update: Callable[[float, str], None]) -> Sensitivities:
-    """Sensitivities from the original, loaded for this and dropped again."""
-    folder = source.checkpoint.folder
-    weights = sum(group.parameters for group in source.inventory.groups)
-    small = weights <= _FLOAT32_WEIGHTS
-    needed = sum(info.nbytes for info in source.checkpoint.tensors.values()) * (2 if small else 1)
+    """Sensitivities from the original, which passes through memory one layer at a time."""
     remedy = "use --sensitivity structure, which reads names only"
-    available = _available_memory()
-    if available is not None and needed > available:
-        raise MiloError(
-            f"finding sensitivities takes {size(needed)} of memory for the original, {size(available)} are available: "
-            f"{remedy}"
-        )
     try:
-        model = load_model(folder, "float32" if small else "auto", device)
-    except CheckpointError as error:
-        raise CheckpointError(f"{error}; to plan without running the model, {remedy}") from error
-    return sensitivities(model, source.inventory, own_text, update)
-
-
-def _available_memory() -> int | None:
-    """Bytes of memory that a process may still take; None where the system does not say."""
-    try:
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    except OSError:
-        pass
-    return None
+        with streamed_model(source.checkpoint, device) as model:
+            return sensitivities(model, source.inventory, own_text, update)
+    except (CheckpointError, UnsupportedModelError) as error:
+        raise type(error)(f"{error}; to plan without running the model, {remedy}") from error
+    except torch.OutOfMemoryError as error:
+        raise DeviceError(f"{device} has too little memory for a layer and its gradients; {remedy}") from error
 
 
 def print_allocation(found: BudgetPlan, source: Source, files: int) -> None:
