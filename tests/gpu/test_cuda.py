@@ -15,11 +15,16 @@ import milo
 import zoo
 from milo.checkpoint.source import Checkpoint
 from milo.format.matrix import Encoding
+from milo.integrations.transformers.fisher import sensitivities
 from milo.integrations.transformers.source import open_source
+from milo.integrations.transformers.streamed import streamed_model
 from milo.kernels.reference import reconstruct
 from milo.modules.matrix import CompressedMatrix
+from milo.pipeline.budget import plan_budget
 from milo.pipeline.compress import compress_checkpoint
+from milo.pipeline.measure_menu import measure_menu
 from milo.pipeline.planning import plan_source
+from milo.plan.budget import Budget
 from milo.plan.recipe import custom_recipe
 from milo.solve.stack import solve_stack
 
@@ -48,6 +53,32 @@ def test_solver_on_cuda_is_as_good_as_on_cpu(ranks: list[int], bits: int) -> Non
         assert gpu.error == pytest.approx(cpu.error, rel=0.02)
         rebuilt = reconstruct({k: t.cpu() for k, t in gpu.tensors.items()}, encoding, (200, 160))
         assert ((rebuilt - matrix).norm() / matrix.norm()).item() == pytest.approx(gpu.error, rel=1e-3)
+
+
+def test_a_weighted_grid_on_cuda_is_as_good_as_on_cpu() -> None:
+    generator = torch.Generator().manual_seed(3)
+    weight = torch.randn(3, 200, 160, generator=generator) * 0.02
+    importance = torch.exp(torch.randn(3, 160, generator=generator))
+    for ranks in ([0, 0, 0], [4, 0, 17]):
+        encoding = Encoding(3, 64, 6, 6)
+        on_cpu = solve_stack(weight, ranks, encoding, "mse", 3, importance=importance)
+        on_gpu = solve_stack(weight.cuda(), ranks, encoding, "mse", 3, importance=importance)
+        for cpu, gpu in zip(on_cpu, on_gpu, strict=True):
+            assert gpu.weighted_error == pytest.approx(cpu.weighted_error, rel=0.02)
+
+
+def test_a_budget_is_planned_and_carried_out_on_cuda(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    source = open_source(str(folders[0]))
+    with streamed_model(source.checkpoint, "cuda:0") as model:
+        known = sensitivities(model, source.inventory)
+    with streamed_model(source.checkpoint) as model:
+        assert known.costs == pytest.approx(sensitivities(model, source.inventory).costs, rel=0.01)
+    measured = measure_menu(source, known.importance, device="cuda:0")
+    found = plan_budget(source, Budget.parse("4.5bpw"), measured, known, "random")
+    done = compress_checkpoint(
+        source.checkpoint, source.inventory, found.plan, tmp_path, importance=found.importance, devices="cuda:0"
+    )
+    assert 0 < done.report["bits_per_weight"] <= 4.5
 
 
 def test_solver_on_cuda_is_deterministic() -> None:
