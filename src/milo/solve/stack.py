@@ -22,6 +22,7 @@ from milo.solve.half_quadratic import hqq_grid
 from milo.solve.lowrank import whole
 
 GRIDS: dict[str, GridSearch] = {"rtn": minmax_grid, "hqq": hqq_grid, "mse": mse_grid}
+_FULL = 64  # the bucket of full rank, above the bit length of any rank
 # Grids whose compensators start from the weights; the others start as the paper does.
 FACTORS_FIRST = ("mse",)
 
@@ -144,7 +145,7 @@ def _buckets(ranks: list[int], full: int, least: int) -> list[list[int]]:
     """
     grouped: dict[int, list[int]] = defaultdict(list)
     for member, rank in enumerate(ranks):
-        key = max(rank.bit_length(), least) if 0 < rank < full else rank and full.bit_length() + 1
+        key = max(rank.bit_length(), least) if 0 < rank < full else rank and _FULL
         grouped[key].append(member)
     return [grouped[key] for key in sorted(grouped)]
 
