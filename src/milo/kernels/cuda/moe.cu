@@ -1,15 +1,14 @@
-// A whole MoE FFN for few tokens an expert, in two to four launches; also a plain linear (one expert, one choice).
+// A whole MoE FFN for few tokens an expert, in two launches (three for many tokens); also a plain linear (one expert,
+// one choice), in one or two.
 //
-//   clear:    zeroes the counters (only where there are compensators; it overlaps with the next)
 //   gate_up:  t = V x;  h = act(W_gate x + U_gate t) * (W_up x + U_up t)
-//   down:     t2 = V2 h;  W_down h + U2 t2 -> partial sums; the last block to finish some row tiles adds them over
-//             choices and splits in a fixed order, times the router's weights. No float atomics anywhere.
-//   combine:  that sum on its own, where it is too much for one block.
+//   down:     t2 = V2 h;  y = sum over choices of the router's weight times (W_down h + U2 t2). For few tokens a block
+//             adds up the items of a row tile, for more it leaves the choices' sums to
+//   combine:  their weighted sum.
 //
-// Blocks are persistent; a *unit* of work is a work item (an expert and up to TOKENS of its tokens) times WARPS /
-// k_warps row tiles, whose K the warps share. The first units are row tiles of V. U t is due only when a unit's K is
-// done, so it seldom waits; the units of V come first in every block's order and wait for nothing, so there is no
-// deadlock.
+// Blocks are persistent and take equal stretches of all work (units.cuh). Row tiles of V come first in every block's
+// order and wait for nothing, so there is no deadlock; U t is added by a warp of its own while the others multiply. No
+// float atomics anywhere: the same bits at every run.
 //
 // Compensators: V's rows (64 padded) are ordinary row tiles of the layout in tile.cuh; gate and up each take
 // `16 * steps` of them. U is read in steps of 16 ranks, [row tile][step][3][32 lanes] words, 12 bytes a lane, and its
@@ -26,161 +25,209 @@ __device__ __forceinline__ float activate(int kind, float g) {
   return 0.5f * g * (1 + erff(0.7071067811865476f * g));
 }
 
-// A unit's accumulators, spread over shared memory, to the results, 32 rows of a token a warp and turn. PARTS = 2
-// writes h, 1 partial sums.
-template <int PARTS>
-__device__ __forceinline__ void write(const Params& p, const Unit& unit, Item item) {
-  const float* partial = reduction();
-  const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
-  const short* pairs = items().pairs + item.begin;
-  constexpr int RUN = 64 / PARTS;  // results of a row tile
-  const int first = unit.group * p.block_row_tiles;
-  const int runs = unit.is_v ? 2 : min(p.block_row_tiles, p.row_tiles - first) * RUN / 32;
-  for (int turn = warp; turn < runs * item.count; turn += WARPS) {
+// Calls `f(token of the item, row)` for rows 0 .. 32 * runs - 1, 32 rows a warp and turn.
+template <typename F>
+__device__ __forceinline__ void for_rows(int runs, int count, F f) {
+  for (int turn = threadIdx.x / WARP; turn < runs * count; turn += WARPS + 1) {
     const Quotient at = divide(turn, runs);
-    const int token = at.q, column = at.r * 32 + lane;
-    const long long pair = pairs[token];
-    if (unit.is_v) {
-      const long long row = unit.split * static_cast<long long>(p.routing.pairs) + pair;
-      float* t = p.compensator.t + row * p.compensator.t_stride + unit.group * 64;
-      __stcg(t + column, gather(partial, 0, WARPS, token, column));
-      continue;
-    }
-    const int from = column / RUN * p.k_warps, row = column % RUN;
-    const float sum = gather(partial, from, p.k_warps, token, row);
-    if constexpr (PARTS == 2) {
-      const float h = activate(p.activation, sum) * gather(partial, from, p.k_warps, token, row + 32);
-      static_cast<u16*>(p.out)[pair * p.rows + first * 32 + column] = round_to_16<B16>(h);
-    } else {
-      __stcg(p.partial + (pair * p.splits + unit.split) * (p.row_tiles * 64) + first * 64 + column, sum);
-    }
+    f(at.q, at.r * 32 + threadIdx.x % WARP);
   }
 }
 
-// All units of this block. `early`: activations come from memory that no kernel still running writes.
+// The stretch of the line whose products are added up into one result, and the blocks behind this one that work on it.
+struct Sum {
+  int begin, end, carriers_end;
+
+  __device__ __forceinline__ Sum(const Params& p, const Cut& cut, int from) {
+    const int length = p.add_items ? items().items * p.quanta : p.quanta;
+    begin = divide(from, length).q * length, end = begin + length;
+    carriers_end = blockIdx.x + 1;
+    while (carriers_end < gridDim.x && cut(carriers_end) < end) ++carriers_end;
+  }
+  // Until they all have left their sums.
+  __device__ __forceinline__ void wait(const Params& p, const Cut& cut) const {
+    for (int b = blockIdx.x + 1; b < carriers_end; ++b) {
+      if (cut(b) < cut(b + 1)) wait_until(counters(p).carried + b, 1);
+    }
+  }
+  __device__ __forceinline__ float carried(const Params& p, const Cut& cut, int at) const {
+    float sum = 0;
+    for (int b = blockIdx.x + 1; b < carriers_end; ++b) {
+      if (cut(b) < cut(b + 1)) sum += __ldcg(p.carry + static_cast<long long>(b) * SLICE + at);
+    }
+    return sum;
+  }
+};
+
+__device__ __forceinline__ void write_v(const Params& p, const Part& part, Item item) {
+  for_rows(2, item.count, [&](int n, int row) {
+    const long long pair = items().pairs[item.begin + n];
+    const long long at = (part.split * static_cast<long long>(p.routing.pairs) + pair) * p.compensator.t_stride;
+    __stcg(p.compensator.t + at + part.group * 64 + row, gather(reduction(), WARPS, n, row));
+  });
+  block_add(counters(p).v_done + part.item);
+}
+
+// A unit, or a piece of one, to h (PARTS = 2), to `partial`, or to `carry`.
 template <int PARTS>
-__device__ __forceinline__ void work(const Params& p, bool early) {
+__device__ __forceinline__ void write(const Params& p, const Cut& cut, const Part& part, Item item, int slices) {
+  const Sum sum(p, cut, part.from);
+  if (part.from != sum.begin) {
+    float* carry = p.carry + static_cast<long long>(blockIdx.x) * SLICE;
+    for_rows(2, item.count, [&](int n, int row) {
+      __stcg(carry + n * 64 + row, gather(reduction(), slices, n, row));
+    });
+    block_add(counters(p).carried + blockIdx.x);
+    return;
+  }
+  sum.wait(p, cut);
+  constexpr int RUN = 64 / PARTS;  // results of a row tile
+  for_rows(RUN / 32, item.count, [&](int n, int row) {
+    const long long pair = items().pairs[item.begin + n];
+    const float one = gather(reduction(), slices, n, row) + sum.carried(p, cut, n * 64 + row);
+    if constexpr (PARTS == 2) {
+      const float up = gather(reduction(), slices, n, row + 32) + sum.carried(p, cut, n * 64 + row + 32);
+      const int column = part.group * RUN + row;
+      static_cast<u16*>(p.out)[pair * p.rows + column] = round_to_16<B16>(activate(p.activation, one) * up);
+    } else {
+      __stcg(p.partial + pair * (p.row_tiles * 64) + part.group * 64 + row, one);
+    }
+  });
+}
+
+// A unit or a piece of one, times the router's weights, to the sums of its row tile.
+__device__ __forceinline__ void add_item(const Params& p, Item item, int slices) {
+  const short* pairs = items().pairs + item.begin;
+  for_rows(2, item.count, [&](int n, int row) {
+    const int token = divide(pairs[n], p.topk).q;
+    if (n && divide(pairs[n - 1], p.topk).q == token) return;  // chose the expert twice: added with the first
+    float sum = 0;
+    for (int m = n; m < item.count && divide(pairs[m], p.topk).q == token; ++m) {
+      sum += scratch().weights[pairs[m]] * gather(reduction(), slices, m, row);
+    }
+    scratch().sums[token * 64 + row] += sum;
+  });
+}
+
+// The sums of a row tile, or this block's share of them, to y or to `carry`.
+__device__ __forceinline__ void write_sums(const Params& p, const Cut& cut, const Part& part) {
+  const Sum sum(p, cut, part.from);
+  const bool mine = cut(blockIdx.x) <= sum.begin;
+  __syncthreads();
+  if (mine) sum.wait(p, cut);
+  for (int i = threadIdx.x; i < p.tokens * 64; i += THREADS) {
+    const float here = scratch().sums[i];
+    if (!mine) {
+      __stcg(p.carry + static_cast<long long>(blockIdx.x) * SLICE + i, here);
+      continue;
+    }
+    const int column = part.group * 64 + i % 64;
+    if (column >= p.rows) continue;
+    const float y = here + sum.carried(p, cut, i) + bias(p, column);
+    static_cast<u16*>(p.out)[static_cast<long long>(i / 64) * p.rows + column] = round_to_16<B16>(y);
+  }
+  if (!mine) block_add(counters(p).carried + blockIdx.x);
+}
+
+template <int PARTS>
+__device__ __forceinline__ void work(const Params& p) {
   constexpr bool ITEM_FIRST = PARTS == 1;
   const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
   items().build(p.routing, reinterpret_cast<int*>(reduction()));
-  Producer producer;
-  producer.load.lane = lane;
-  producer.load.policy = evict_first();
-  producer.load.in_features = p.in_features;
-  producer.load.ring = shared_address(shared) + warp * STAGES * STAGE_BYTES;
-  producer.number = blockIdx.x;
-  producer.item_first = ITEM_FIRST;
-  producer.settle(p);
-  if (early) {
-#pragma unroll 1
-    for (int s = 0; s < STAGES - 1; ++s) producer.step(p, s);
-  } else {  // the weights of the first unit before the wait, its activations after
-    const int ahead = producer.done() ? 0 : min(producer.last - producer.kt, STAGES - 1);
-    for (int s = 0; s < ahead; ++s) producer.load.weights(producer.kt + s, s);
+  if (p.add_items) {
+    for (int i = threadIdx.x; i < p.routing.pairs; i += THREADS) scratch().weights[i] = choice_weight(p, i);
+  }
+  const bool compensated = p.compensator.t_stride > 0;
+  items().count_v([&](int expert) { return compensated ? __ldg(&p.compensator.table[expert].y) : 0; });
+  const Cut cut(p);
+  Walk walk(cut);
+  Producer<ITEM_FIRST> producer(p, walk, lane, warp);
+  if (warp < WARPS) {
+    producer.fill(p);
+  } else {
     wait_for_primary();
-#pragma unroll 1
-    for (int s = 0; s < STAGES - 1; ++s) {
-      if (s < ahead) {
-        producer.load.activations(producer.kt, s);
-        copy_commit();
-        if (++producer.kt == producer.last) {
-          producer.number += gridDim.x;
-          producer.settle(p);
-        }
-      } else {
-        producer.step(p, s);
-      }
+    if (p.others && blockIdx.x == 0) {
+      for (int i = lane; i < static_cast<int>(sizeof(Counters) / 4); i += WARP) p.others[i] = 0;
     }
   }
-  bool waited = !early;
   int slot = 0;
-  for (int number = blockIdx.x;; number += gridDim.x) {
-    const Unit unit(p, number, ITEM_FIRST);
-    if (unit.item < 0) break;
-    const Item item = items()[unit.item];
-    int4 entry = {0, 0, 0, 0};
-    if (p.v_row_tiles) entry = __ldg(p.compensator.table + item.expert);
-    if (unit.is_v && unit.group >= entry.y) continue;
-    const bool has_u = !unit.is_v && entry.w && unit.split == p.splits - 1;
-    Step<PARTS> u;
-    if (has_u && warp % p.k_warps < entry.w) {
-      u.load(p.compensator, entry.z + static_cast<long long>(unit.row_tile) * entry.w + warp % p.k_warps);
-    }
+  bool fresh = true;
+  Part part;
+  while (walk.next<ITEM_FIRST>(p, part)) {
+    const Item item = items()[part.item];
+    const int4 entry = compensated ? __ldg(p.compensator.table + item.expert) : make_int4(0, 0, 0, 0);
+    const bool has_u = entry.w && !part.is_v && part.first == 0;
     Accumulators total = {};
-    const int k_tiles = p.weights.ktiles, tiles = (item.count + 7) / 8;
-    int left = divide(k_tiles * (unit.share + 1), unit.shares).q - divide(k_tiles * unit.share, unit.shares).q;
-    for (; left > 0; --left) {
-      copy_wait<STAGES - 2>();
-      __syncwarp();  // metadata were copied by other lanes; and all are done with the slot that is refilled next
-      producer.step(p, slot == 0 ? STAGES - 1 : slot - 1);
-      multiply_tile(producer.load.ring + slot * STAGE_BYTES, lane, tiles, total);
-      slot = slot == STAGES - 1 ? 0 : slot + 1;
-    }
-    if (!waited) {  // counters, and the buffers that an earlier call may have used, are ours from here on
-      wait_for_primary();
-      waited = true;
-    }
-    if (has_u) {
-      while (load_acquire(p.v_done + unit.item) < entry.y * p.compensator.t_splits) __nanosleep(32);
-      add_factors<PARTS>(p, entry, unit.row_tile, u, item, total);
-    }
-    __syncthreads();  // the last unit's sums have been read
-    spread(total, reduction());
-    __syncthreads();
-    write<PARTS>(p, unit, item);
-    if (unit.is_v) {
-      __threadfence();
-      __syncthreads();
-      if (threadIdx.x == 0) atomicAdd(p.v_done + unit.item, 1);
-    } else if (PARTS == 1 && !p.combine_later) {
-      __shared__ int last;
-      __threadfence();
-      __syncthreads();
-      if (threadIdx.x == 0) last = atomicAdd(p.arrivals + unit.group, 1) == items().items * p.splits - 1;
-      __syncthreads();
-      if (last) {
-        __threadfence();
-        load_choices(p, 0, p.tokens, reduction());
-        __syncthreads();
-        const int first = unit.group * p.block_row_tiles;
-        combine_rows(p, first, min(first + p.block_row_tiles, p.row_tiles), 0, p.tokens, reduction());
+    if (warp < WARPS) {
+      const int tiles = (item.count + 7) / 8;
+      for (int left = share(part, warp + 1) - share(part, warp); left > 0; --left) {
+        copy_wait<STAGES - 2>();
+        __syncwarp();  // metadata were copied by other lanes; and all are done with the slot that is refilled next
+        producer.step(p, slot == 0 ? STAGES - 1 : slot - 1);
+        multiply_tile(producer.load.ring + slot * STAGE_BYTES, lane, tiles, total);
+        slot = slot == STAGES - 1 ? 0 : slot + 1;
       }
     }
+    if (has_u && (entry.w > ALONE || warp == WARPS)) {
+      const bool alone = entry.w <= ALONE;
+      add_factors<PARTS>(p, entry, part, item, alone ? 0 : warp, alone ? 1 : WARPS + 1, total);
+    }
+    const int slices = WARPS + (has_u ? 1 : 0);
+    __syncthreads();  // the last part's sums have been read
+    if (warp < slices) spread(total, 1.0f / (1 << P<B16, BITS>), reduction() + warp * SLICE);
+    if (PARTS == 1 && p.add_items && fresh) {
+      for (int i = threadIdx.x; i < p.tokens * 64; i += THREADS) scratch().sums[i] = 0;
+    }
+    __syncthreads();
+    if (part.is_v) {
+      write_v(p, part, item);
+    } else if (PARTS == 1 && p.add_items) {
+      add_item(p, item, slices);
+      fresh = part.to == walk.end || divide(part.to, items().items * p.quanta).r == 0;
+      if (fresh) write_sums(p, cut, part);
+    } else {
+      write<PARTS>(p, cut, part, item, slices);
+    }
   }
-  if (!waited) wait_for_primary();
   copy_wait<0>();
-}
-
-extern "C" __global__ void __launch_bounds__(THREADS) clear(const __grid_constant__ Params p) {
-  launch_dependents();
-  for (int i = threadIdx.x; i < p.clear_count; i += THREADS) p.to_clear[i] = 0;
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, MILO_BLOCKS) gate_up(const __grid_constant__ Params p) {
   launch_dependents();
-  if (!p.v_row_tiles && blockIdx.x == 0) {
-    for (int i = threadIdx.x; i < p.clear_count; i += THREADS) p.to_clear[i] = 0;
-  }
-  work<2>(p, true);
+  work<2>(p);
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, MILO_BLOCKS) down(const __grid_constant__ Params p) {
   launch_dependents();
-  work<1>(p, false);
-  if (items().items == 0 && !p.combine_later) {  // nobody arrives: the sums of nothing
-    load_choices(p, 0, p.tokens, reduction());
+  work<1>(p);
+  if (p.add_items && items().items == 0) {  // nobody has a row tile: the sums of nothing
+    for (int i = blockIdx.x * THREADS + threadIdx.x; i < p.tokens * p.rows; i += gridDim.x * THREADS) {
+      static_cast<u16*>(p.out)[i] = 0;
+    }
+  }
+  if (!p.others) {  // the last block to end zeroes this launch's counters
+    int* last = reinterpret_cast<int*>(reduction());
     __syncthreads();
-    for (int r = blockIdx.x; r < p.row_tiles; r += gridDim.x) combine_rows(p, r, r + 1, 0, p.tokens, reduction());
+    if (threadIdx.x == 0) *last = atomicAdd(&counters(p).exits, 1) == static_cast<int>(gridDim.x) - 1;
+    __syncthreads();
+    if (*last) {
+      for (int i = threadIdx.x; i < static_cast<int>(sizeof(Counters) / 4); i += THREADS) p.counters[i] = 0;
+    }
   }
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS) combine(const __grid_constant__ Params p) {
-  __shared__ float weights[MILO_PAIRS];
-  constexpr int TURN = THREADS / 16;  // tokens a block
+// A block takes a row tile and TURN tokens, and MILO_PAIRS floats of shared memory.
+constexpr int TURN = 256 / 16;
+
+extern "C" __global__ void __launch_bounds__(256) combine(const __grid_constant__ Params p) {
+  float* weights = reinterpret_cast<float*>(shared);
   const int tile = blockIdx.x % p.row_tiles, first = blockIdx.x / p.row_tiles * TURN;
   const int last = min(p.tokens, first + TURN);
-  load_choices(p, first, last, weights);
+  for (int i = first * p.topk + threadIdx.x; i < last * p.topk; i += blockDim.x) {
+    const bool ours = !p.routing.ids || local_expert(p.routing, i) >= 0;
+    weights[i - first * p.topk] = ours ? choice_weight(p, i) : __int_as_float(0x7fffffff);
+  }
   __syncthreads();
   wait_for_primary();
-  combine_rows(p, tile, tile + 1, first, last, weights);
+  combine_rows(p, tile, first, last, weights);
 }

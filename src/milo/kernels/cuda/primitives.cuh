@@ -8,6 +8,8 @@ using u64 = unsigned long long;
 
 constexpr int WARP = 32;
 
+extern __shared__ __align__(16) char shared[];
+
 __device__ __forceinline__ u32 shared_address(const void* p) { return static_cast<u32>(__cvta_generic_to_shared(p)); }
 
 // 16-byte asynchronous copies to shared memory. Weights are read once: they bypass L1 and are the first to leave L2.
@@ -53,6 +55,16 @@ __device__ __forceinline__ int load_acquire(const int* p) {
   asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(v) : "l"(p) : "memory");
   return v;
 }
+__device__ __forceinline__ void wait_until(const int* counter, int value) {
+  while (load_acquire(counter) < value) __nanosleep(20);
+}
+
+// All threads of the block: what they wrote before is visible to whoever sees the counter go up.
+__device__ __forceinline__ void block_add(int* counter) {
+  __threadfence();
+  __syncthreads();
+  if (threadIdx.x == 0) atomicAdd(counter, 1);
+}
 
 // D += A * B, 16x8x16, fp32 accumulators; operands are fp16, or bf16 where B16 is set.
 template <bool B16>
@@ -68,22 +80,17 @@ __device__ __forceinline__ void mma(float (&d)[4], const u32* a, u32 b0, u32 b1)
   }
 }
 
-// a * b + c on a pair of 16-bit floats.
-template <bool B16>
-__device__ __forceinline__ u32 fma2(u32 a, u32 b, u32 c) {
-  u32 d;
-  if constexpr (B16) {
-    asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
-  } else {
-    asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
-  }
-  return d;
-}
-
 // (a & mask) | bits, one instruction.
 __device__ __forceinline__ u32 and_or(u32 a, u32 mask, u32 bits) {
   u32 d;
   asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(d) : "r"(a), "r"(mask), "r"(bits));
+  return d;
+}
+
+// a * b + c on a pair of bf16.
+__device__ __forceinline__ u32 fma_bf16(u32 a, u32 b, u32 c) {
+  u32 d;
+  asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
   return d;
 }
 
@@ -110,16 +117,4 @@ __device__ __forceinline__ u32 pair_bf16(float low, float high) {
   u32 d;
   asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(d) : "f"(high), "f"(low));
   return d;
-}
-
-// n / d and n % d for 0 <= n < 2^21, 0 < d: a tenth of the instructions of an integer division.
-struct Quotient {
-  int q, r;
-};
-__device__ __forceinline__ Quotient divide(int n, int d) {
-  int q = static_cast<int>(__fdividef(static_cast<float>(n), static_cast<float>(d)));
-  int r = n - q * d;
-  if (r < 0) --q, r += d;
-  if (r >= d) ++q, r -= d;
-  return {q, r};
 }

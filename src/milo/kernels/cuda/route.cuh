@@ -5,7 +5,7 @@
 // a launch, and lets a block request its first weights before the kernel ahead of it has finished. The order is stable,
 // so all blocks agree.
 #pragma once
-#include "primitives.cuh"
+#include "arithmetic.cuh"
 
 struct Routing {
   const void* ids;        // [tokens * topk] int32 or int64; null: one expert takes every row
@@ -28,12 +28,35 @@ struct Table {
   static constexpr int MAX_ITEMS = MAX_PAIRS + MAX_PAIRS / TOKENS;
   short pairs[MAX_PAIRS];  // sorted by expert
   short expert[MAX_ITEMS], begin[MAX_ITEMS];
-  int items, routed;  // work items; pairs that have a local expert
+  short v_end[MAX_ITEMS];  // row tiles of V of all items up to this one
+  int items, routed;       // work items; pairs that have a local expert
 
   __device__ __forceinline__ Item operator[](int i) const {
     const int e = expert[i], b = begin[i];
     int end = i + 1 < items ? begin[i + 1] : routed;
     return {e, b, end - b};
+  }
+
+  // The row tiles of V of all items.
+  __device__ __forceinline__ int v_tiles() const { return items ? v_end[items - 1] : 0; }
+
+  // `tiles_of(expert)` is how many row tiles V has. All threads of the block call this after `build`.
+  template <typename TilesOf>
+  __device__ void count_v(TilesOf tiles_of) {
+    const int lane = threadIdx.x % WARP;
+    if (threadIdx.x < WARP) {
+      int before = 0;
+      for (int i = 0; i < items; i += WARP) {
+        int sum = i + lane < items ? tiles_of(expert[i + lane]) : 0;
+        for (int d = 1; d < WARP; d *= 2) {
+          const int other = __shfl_up_sync(~0u, sum, d);
+          if (lane >= d) sum += other;
+        }
+        if (i + lane < items) v_end[i + lane] = static_cast<short>(before + sum);
+        before += __shfl_sync(~0u, sum, WARP - 1);
+      }
+    }
+    __syncthreads();
   }
 
   // `counts` is scratch for MAX_EXPERTS ints. All threads of the block call this.

@@ -1,4 +1,11 @@
-// The parameters of a launch, its units of work, and the producer that keeps the ring full across them.
+// The parameters of a launch, its work cut into parts, and the producer that keeps the ring full across them.
+//
+// A *unit* is a work item times a row tile of the matrix, over all of K. Units stand in a line (for gate_up an item's
+// row tiles one after the other; for down a row tile's items, since their sum is one result), each cut into `quanta`
+// equal runs of K, and every block takes an equal stretch of that line: no rounds, no idle blocks at the end. A stretch
+// may begin or end inside a *sum* (a unit; where down adds items up by itself, all units of a row tile): the block that
+// has the sum's first quantum adds up, the others leave theirs in `carry`. Row tiles of V are cut likewise, come first,
+// and are weighed against the line.
 #pragma once
 #include "tile.cuh"
 
@@ -16,119 +23,198 @@ struct Params {
   Compensator compensator;
   const u16* x;
   void* out;             // gate_up: h [pairs, I]; down: y [tokens, N]; 16-bit
-  float* partial;        // down: [pairs][splits][64 * row_tiles]
+  float* partial;        // down, where combine follows: [pairs][64 * row_tiles]
+  float* carry;          // [blocks][SLICE or 64 * tokens]
   const void* choice_weights;  // [pairs]; null: ones
   const u16* bias;       // down: [N] or null
-  int* arrivals;         // down: [groups], zero at its start
-  int* v_done;           // [items], zero at the start
-  int* to_clear;         // clear, or gate_up where nothing was cleared: counters to zero
-  int clear_count;
-  int tokens, topk, in_features, row_tiles, rows, row_divisor, splits;
-  int v_row_tiles;       // the most of any expert
+  int* counters;         // of this launch, zero at its start: see Counters
+  int* others;           // of the launch that runs before or after, to be zeroed; null: this one zeroes its own
+  int tokens, topk, in_features, row_tiles, rows, row_divisor;
+  int quanta, v_cost;    // runs of K a unit; quanta that a part of V counts as
   int activation, choice_weight_type;
-  int k_warps;           // warps of a block that share a row tile; the others take the next ones
-  int block_row_tiles;   // WARPS / k_warps
-  int groups;            // of block_row_tiles row tiles, the last perhaps not full
-  int combine_later;     // down: the sum is another launch
+  int add_items;         // down: a block adds up the items of a row tile
 };
 
-extern __shared__ __align__(16) char shared[];
-
 using Items = Table<TOKENS, MILO_PAIRS, MILO_EXPERTS>;
+
+// Counters of a launch. Kernels zero each other's, so that no launch is spent on it.
+constexpr int MAX_BLOCKS = 1024;
+struct Counters {
+  int carried[MAX_BLOCKS];         // 1: the block's `carry` is written
+  int v_done[Items::MAX_ITEMS];    // parts of V that are finished
+  int exits;                       // blocks that have ended, where a launch zeroes its own
+};
+static_assert(sizeof(Counters) <= MILO_COUNTER_BYTES, "the host allocates less");
+
+constexpr int ADDED_TOKENS = 8, ADDED_PAIRS = 128;  // at most, where a block adds items up
 constexpr int RING_BYTES = WARPS * STAGES * STAGE_BYTES;
-constexpr int REDUCE_BYTES = WARPS * TOKENS * PITCH * 4;
+constexpr int REDUCE_BYTES = (WARPS + 1) * SLICE * 4;
 static_assert(REDUCE_BYTES >= MILO_EXPERTS * 4, "the routing's counts borrow the reduction's memory");
 
+struct Scratch {
+  Items items;
+  float weights[ADDED_PAIRS];        // the router's, of pairs
+  float sums[ADDED_TOKENS * 64];     // of a row tile
+};
+static_assert(RING_BYTES + REDUCE_BYTES + sizeof(Scratch) <= MILO_SHARED_BYTES, "the host allocates less");
+
 __device__ __forceinline__ float* reduction() { return reinterpret_cast<float*>(shared + RING_BYTES); }
-__device__ __forceinline__ Items& items() { return *reinterpret_cast<Items*>(shared + RING_BYTES + REDUCE_BYTES); }
+__device__ __forceinline__ Scratch& scratch() {
+  return *reinterpret_cast<Scratch*>(shared + RING_BYTES + REDUCE_BYTES);
+}
+__device__ __forceinline__ Items& items() { return scratch().items; }
+__device__ __forceinline__ Counters& counters(const Params& p) { return *reinterpret_cast<Counters*>(p.counters); }
 
-// The units of a launch, numbered: first (item, V row tile, split), then the matrix's own.
-struct Unit {
-  int item;        // -1: past the end
-  bool is_v;
-  int group;       // of row tiles, or the V row tile
-  int split;
-  int row_tile;    // this warp's, within the expert
-  int share, shares;
+// Where every block's stretch of the line begins, in quanta.
+struct Cut {
+  int base, extra, v_base, v_extra, v_cost, total;
 
-  __device__ __forceinline__ Unit(const Params& p, int number, bool item_first) {
-    const int warp = threadIdx.x / WARP, n = items().items;
-    const int v_splits = p.compensator.t_splits, v_units = n * p.v_row_tiles * v_splits;
-    if (number < v_units) {
-      is_v = true;
-      const Quotient by_split = divide(number, v_splits), by_tile = divide(by_split.q, p.v_row_tiles);
-      split = by_split.r;
-      group = row_tile = by_tile.r;
-      item = by_tile.q;
-      share = split * WARPS + warp, shares = v_splits * WARPS;
-      return;
+  __device__ __forceinline__ explicit Cut(const Params& p) {
+    const int blocks = gridDim.x, v_parts = items().v_tiles() * p.compensator.t_splits;
+    total = items().items * p.row_tiles * p.quanta;
+    v_base = v_parts / blocks, v_extra = v_parts - v_base * blocks;
+    v_cost = p.v_cost;
+    const int all = total + v_parts * v_cost;
+    base = all / blocks, extra = all - base * blocks;
+    if (base < v_cost * (v_base + 1)) {  // some block would have V alone and more than its share of it
+      v_cost = 0;
+      base = total / blocks, extra = total - base * blocks;
     }
-    number -= v_units;
-    is_v = false;
-    if (number >= n * p.groups * p.splits) {
-      item = -1;
-      return;
-    }
-    const Quotient by_split = divide(number, p.splits), place = divide(by_split.q, item_first ? n : p.groups);
-    split = by_split.r;
-    item = item_first ? place.r : place.q;
-    group = item_first ? place.q : place.r;
-    // Beyond the matrix the last row tile is computed again and not written.
-    const Quotient mine = divide(warp, p.k_warps);
-    row_tile = min(group * p.block_row_tiles + mine.q, p.row_tiles - 1);
-    share = split * p.k_warps + mine.r, shares = p.splits * p.k_warps;
+  }
+  __device__ __forceinline__ int operator()(int block) const {
+    return block * base + min(block, extra) - v_cost * (block * v_base + min(block, v_extra));
   }
 };
 
-// Runs ahead of the computation by STAGES - 1 tiles, over the borders of units.
+// One part of a block's work.
+struct Part {
+  bool is_v;
+  int item, group, split;  // group: the row tile
+  int from, to;            // quanta of the line (V: none)
+  int first, last;         // tiles of K
+};
+
+// The parts of this block in their order.
+struct Walk {
+  int v, at, end;
+
+  __device__ __forceinline__ explicit Walk(const Cut& cut)
+      : v(blockIdx.x), at(cut(blockIdx.x)), end(cut(blockIdx.x + 1)) {}
+
+  template <bool ITEM_FIRST>
+  __device__ __forceinline__ bool next(const Params& p, Part& part) {
+    const int splits = p.compensator.t_splits, n = items().items;
+    if (v < items().v_tiles() * splits) {
+      const Quotient tile = divide(v, splits);
+      int low = 0, high = n - 1;  // the first item whose V ends beyond this tile
+      while (low < high) {
+        const int middle = (low + high) / 2;
+        if (items().v_end[middle] > tile.q) high = middle; else low = middle + 1;
+      }
+      part.is_v = true, part.item = low, part.split = tile.r;
+      part.group = tile.q - (low ? items().v_end[low - 1] : 0);
+      part.from = part.to = 0;
+      part.first = divide(p.v.ktiles * tile.r, splits).q;
+      part.last = divide(p.v.ktiles * (tile.r + 1), splits).q;
+      v += gridDim.x;
+      return true;
+    }
+    if (at >= end) return false;
+    const Quotient unit = divide(at, p.quanta), place = divide(unit.q, ITEM_FIRST ? n : p.row_tiles);
+    const int run = min(p.quanta - unit.r, end - at);
+    part.is_v = false, part.split = 0;
+    part.item = ITEM_FIRST ? place.r : place.q;
+    part.group = ITEM_FIRST ? place.q : place.r;
+    part.from = at, part.to = at + run;
+    part.first = divide(p.weights.ktiles * unit.r, p.quanta).q;
+    part.last = divide(p.weights.ktiles * (unit.r + run), p.quanta).q;
+    at += run;
+    return true;
+  }
+};
+
+// This warp's tiles of a part.
+__device__ __forceinline__ int share(const Part& part, int warp) {
+  return part.first + divide((part.last - part.first) * warp, WARPS).q;
+}
+
+// Runs ahead of the computation by STAGES - 1 tiles, over the borders of parts.
+template <bool ITEM_FIRST>
 struct Producer {
   Loader load;
-  int number, kt, last;
-  bool item_first;
+  Walk walk;
+  int kt, last;  // last < 0: there is no more
 
+  __device__ __forceinline__ Producer(const Params& p, const Walk& start, int lane, int warp) : walk(start) {
+    load.lane = lane;
+    load.policy = evict_first();
+    load.in_features = p.in_features;
+    load.ring = shared_address(shared) + warp * STAGES * STAGE_BYTES;
+    settle(p);
+  }
   __device__ __forceinline__ bool done() const { return last < 0; }
 
-  // Settle on the unit `number` or the first after it that has a tile for this warp.
+  // Settle on the next part that has a tile for this warp.
   __device__ __forceinline__ void settle(const Params& p) {
-    for (;; number += gridDim.x) {
-      const Unit u(p, number, item_first);
-      if (u.item < 0) {
+    const int warp = threadIdx.x / WARP;
+    Part part;
+    do {
+      if (!walk.next<ITEM_FIRST>(p, part)) {
         last = -1;
         return;
       }
-      const Item item = items()[u.item];
-      const Matrix& m = u.is_v ? p.v : p.weights;
-      long long row_tile = static_cast<long long>(item.expert) * p.row_tiles + u.row_tile;
-      if (u.is_v) {
-        const int4 entry = __ldg(p.compensator.table + item.expert);
-        if (u.group >= entry.y) continue;
-        row_tile = entry.x + u.group;
-      }
-      kt = divide(m.ktiles * u.share, u.shares).q;
-      last = divide(m.ktiles * (u.share + 1), u.shares).q;
-      if (kt >= last) continue;
-      load.codes = m.codes + row_tile * m.ktiles * CODE_BYTES + load.lane * 16;
-      load.meta = m.meta + row_tile * m.groups * META_BYTES + load.lane * 16;
-      load.meta_shift = m.meta_shift;
+      kt = share(part, warp), last = share(part, warp + 1);
+    } while (kt >= last);
+    const Item item = items()[part.item];
+    const Matrix& m = part.is_v ? p.v : p.weights;
+    long long row_tile = static_cast<long long>(item.expert) * p.row_tiles + part.group;
+    if (part.is_v) row_tile = __ldg(&p.compensator.table[item.expert].x) + part.group;
+    load.codes = m.codes + row_tile * m.ktiles * CODE_BYTES + load.lane * 16;
+    load.meta = m.meta + row_tile * m.groups * META_BYTES + load.lane * 16;
+    load.meta_shift = m.meta_shift;
 #pragma unroll
-      for (int nt = 0; nt < NT; ++nt) {
-        const int n = min(nt * 8 + load.lane / 4, item.count - 1);
-        const long long row = divide(items().pairs[item.begin + n], p.row_divisor).q;
-        load.x[nt] = reinterpret_cast<const char*>(p.x + row * p.in_features + load.lane % 4 * 8);
-      }
-      return;
+    for (int nt = 0; nt < NT; ++nt) {
+      const int n = min(nt * 8 + load.lane / 4, item.count - 1);
+      const long long row = divide(items().pairs[item.begin + n], p.row_divisor).q;
+      load.x[nt] = reinterpret_cast<const char*>(p.x + row * p.in_features + load.lane % 4 * 8);
     }
+  }
+  __device__ __forceinline__ void advance(const Params& p) {
+    if (++kt == last) settle(p);
   }
   // One tile into a slot of the ring.
   __device__ __forceinline__ void step(const Params& p, int slot) {
     if (!done()) {
       load.weights(kt, slot);
-      load.activations(kt, slot);
-      if (++kt == last) {
-        number += gridDim.x;
-        settle(p);
-      }
+#pragma unroll
+      for (int nt = 0; nt < NT; ++nt) load.activations(nt, load.x[nt] + kt * 128, load.whole(kt), slot);
+      advance(p);
     }
     copy_commit();
+  }
+  // The first tiles: their weights at once, their activations when the kernel ahead has written them.
+  __device__ __forceinline__ void fill(const Params& p) {
+    const char* x[STAGES - 1][NT];
+    bool whole[STAGES - 1];
+#pragma unroll
+    for (int s = 0; s < STAGES - 1; ++s) {
+      x[s][0] = nullptr;
+      if (!done()) {
+        load.weights(kt, s);
+#pragma unroll
+        for (int nt = 0; nt < NT; ++nt) x[s][nt] = load.x[nt] + kt * 128;
+        whole[s] = load.whole(kt);
+        advance(p);
+      }
+    }
+    wait_for_primary();
+#pragma unroll
+    for (int s = 0; s < STAGES - 1; ++s) {
+      if (x[s][0]) {
+#pragma unroll
+        for (int nt = 0; nt < NT; ++nt) load.activations(nt, x[s][nt], whole[s], s);
+      }
+      copy_commit();
+    }
   }
 };
