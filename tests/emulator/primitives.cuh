@@ -195,6 +195,7 @@ inline u32 __ballot_sync(u32, bool v) {
   return set;
 }
 
+inline int lane_id() { return threadIdx.x % WARP; }
 inline u32 shared_address(const void* p) { return static_cast<u32>(static_cast<const char*>(p) - shared); }
 inline u64 evict_first() { return 0; }
 inline void copy_later(u32 to, const void* from, int bytes) {

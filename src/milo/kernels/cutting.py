@@ -21,7 +21,7 @@ class Config:
 
     Attributes:
         token_tiles: n8 tiles of tokens a work item.
-        warps: of a block that multiply; one more adds compensators.
+        warps: of a block.
         stages: of a warp's ring.
         blocks: an SM.
         pairs: (token, choice) pairs a launch; more are done in turns.
@@ -40,13 +40,13 @@ class Config:
 
     @property
     def threads(self) -> int:
-        return 32 * (self.warps + 1)
+        return 32 * self.warps
 
     def shared_bytes(self, bits: int, halves: int) -> int:
         """Shared memory of a block: the warps' rings, the reduction, the routing table, and a row tile's sums."""
         ring = self.warps * self.stages * (bits * 512 + halves * 256 + self.token_tiles * 1024)
-        table = 2 * self.pairs + 6 * (self.pairs + self.pairs // self.tokens) + 8
-        return ring + (self.warps + 1) * self.tokens * 256 + -(-table // 16) * 16 + 4 * ADDED_PAIRS + 256 * ADDED_TOKENS
+        table = 2 * self.pairs + 8 * (self.pairs + self.pairs // self.tokens) + 8
+        return ring + self.warps * self.tokens * 256 + -(-table // 16) * 16 + 4 * ADDED_PAIRS + 256 * ADDED_TOKENS
 
 
 CONFIGS = (Config(1, 8, 4, 2, 512), Config(2, 8, 2, 2), Config(3, 12, 2, 1), Config(4, 8, 3, 1))

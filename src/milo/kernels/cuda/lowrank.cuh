@@ -2,15 +2,15 @@
 #pragma once
 #include "units.cuh"
 
-constexpr int ALONE = 4;   // steps that the last warp does by itself; of more, every warp takes its share
 constexpr int SPLITS = 4;  // of V's K, at most
 
 // total += 2^P U t for the steps first, first + stride, ... PARTS = 2: rows 0-31 use gate's t and rows 32-63 up's.
 // A step is read while nothing waits for it yet; t is complete when V's counter says so.
 template <int PARTS>
-__device__ __forceinline__ void add_factors(const Params& p, int4 entry, const Part& part, Item item, int first,
-                                            int stride, Accumulators& total) {
+__device__ __forceinline__ void add_factors(const Params& p, const Part& part, Item item, int first, int stride,
+                                            Accumulators& total) {
   const Compensator& c = p.compensator;
+  const int4 entry = __ldg(c.table + item.expert);
   const int lane = threadIdx.x % WARP, steps = entry.w;
   bool complete = false;
   for (int step = first; step < steps; step += stride) {

@@ -7,8 +7,8 @@
 //   combine:  their weighted sum.
 //
 // Blocks are persistent and take equal stretches of all work (units.cuh). Row tiles of V come first in every block's
-// order and wait for nothing, so there is no deadlock; U t is added by a warp of its own while the others multiply. No
-// float atomics anywhere: the same bits at every run.
+// order and wait for nothing, so there is no deadlock; U t is added by the last warp of a block, which multiplies less,
+// while the others multiply. No float atomics anywhere: the same bits at every run.
 //
 // Compensators: V's rows (64 padded) are ordinary row tiles of the layout in tile.cuh; gate and up each take
 // `16 * steps` of them. U is read in steps of 16 ranks, [row tile][step][3][32 lanes] words, 12 bytes a lane, and its
@@ -28,7 +28,7 @@ __device__ __forceinline__ float activate(int kind, float g) {
 // Calls `f(token of the item, row)` for rows 0 .. 32 * runs - 1, 32 rows a warp and turn.
 template <typename F>
 __device__ __forceinline__ void for_rows(int runs, int count, F f) {
-  for (int turn = threadIdx.x / WARP; turn < runs * count; turn += WARPS + 1) {
+  for (int turn = threadIdx.x / WARP; turn < runs * count; turn += WARPS) {
     const Quotient at = divide(turn, runs);
     f(at.q, at.r * 32 + threadIdx.x % WARP);
   }
@@ -63,19 +63,19 @@ __device__ __forceinline__ void write_v(const Params& p, const Part& part, Item 
   for_rows(2, item.count, [&](int n, int row) {
     const long long pair = items().pairs[item.begin + n];
     const long long at = (part.split * static_cast<long long>(p.routing.pairs) + pair) * p.compensator.t_stride;
-    __stcg(p.compensator.t + at + part.group * 64 + row, gather(reduction(), WARPS, n, row));
+    __stcg(p.compensator.t + at + part.group * 64 + row, gather(reduction(), n, row));
   });
   block_add(counters(p).v_done + part.item);
 }
 
 // A unit, or a piece of one, to h (PARTS = 2), to `partial`, or to `carry`.
 template <int PARTS>
-__device__ __forceinline__ void write(const Params& p, const Cut& cut, const Part& part, Item item, int slices) {
+__device__ __forceinline__ void write(const Params& p, const Cut& cut, const Part& part, Item item) {
   const Sum sum(p, cut, part.from);
   if (part.from != sum.begin) {
     float* carry = p.carry + static_cast<long long>(blockIdx.x) * SLICE;
     for_rows(2, item.count, [&](int n, int row) {
-      __stcg(carry + n * 64 + row, gather(reduction(), slices, n, row));
+      __stcg(carry + n * 64 + row, gather(reduction(), n, row));
     });
     block_add(counters(p).carried + blockIdx.x);
     return;
@@ -84,9 +84,9 @@ __device__ __forceinline__ void write(const Params& p, const Cut& cut, const Par
   constexpr int RUN = 64 / PARTS;  // results of a row tile
   for_rows(RUN / 32, item.count, [&](int n, int row) {
     const long long pair = items().pairs[item.begin + n];
-    const float one = gather(reduction(), slices, n, row) + sum.carried(p, cut, n * 64 + row);
+    const float one = gather(reduction(), n, row) + sum.carried(p, cut, n * 64 + row);
     if constexpr (PARTS == 2) {
-      const float up = gather(reduction(), slices, n, row + 32) + sum.carried(p, cut, n * 64 + row + 32);
+      const float up = gather(reduction(), n, row + 32) + sum.carried(p, cut, n * 64 + row + 32);
       const int column = part.group * RUN + row;
       static_cast<u16*>(p.out)[pair * p.rows + column] = round_to_16<B16>(activate(p.activation, one) * up);
     } else {
@@ -96,14 +96,14 @@ __device__ __forceinline__ void write(const Params& p, const Cut& cut, const Par
 }
 
 // A unit or a piece of one, times the router's weights, to the sums of its row tile.
-__device__ __forceinline__ void add_item(const Params& p, Item item, int slices) {
+__device__ __forceinline__ void add_item(const Params& p, Item item) {
   const short* pairs = items().pairs + item.begin;
   for_rows(2, item.count, [&](int n, int row) {
     const int token = divide(pairs[n], p.topk).q;
     if (n && divide(pairs[n - 1], p.topk).q == token) return;  // chose the expert twice: added with the first
     float sum = 0;
     for (int m = n; m < item.count && divide(pairs[m], p.topk).q == token; ++m) {
-      sum += scratch().weights[pairs[m]] * gather(reduction(), slices, m, row);
+      sum += scratch().weights[pairs[m]] * gather(reduction(), m, row);
     }
     scratch().sums[token * 64 + row] += sum;
   });
@@ -132,49 +132,50 @@ __device__ __forceinline__ void write_sums(const Params& p, const Cut& cut, cons
 template <int PARTS>
 __device__ __forceinline__ void work(const Params& p) {
   constexpr bool ITEM_FIRST = PARTS == 1;
-  const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
-  items().build(p.routing, reinterpret_cast<int*>(reduction()));
+  const int lane = lane_id(), warp = threadIdx.x / WARP;
+  int* counts = reinterpret_cast<int*>(reduction());
+  u32* sizes = reinterpret_cast<u32*>(counts + MILO_EXPERTS);
+  if (p.compensator.t_stride) {  // read together with the ids
+    for (int i = threadIdx.x; i < p.routing.experts; i += THREADS) {
+      const int4 entry = __ldg(p.compensator.table + i);
+      sizes[i] = entry.y | entry.w << 16;
+    }
+  }
+  items().build(p.routing, counts);
   if (p.add_items) {
     for (int i = threadIdx.x; i < p.routing.pairs; i += THREADS) scratch().weights[i] = choice_weight(p, i);
   }
-  const bool compensated = p.compensator.t_stride > 0;
-  items().count_v([&](int expert) { return compensated ? __ldg(&p.compensator.table[expert].y) : 0; });
+  items().add_compensators(p.compensator.t_stride ? sizes : nullptr);
   const Cut cut(p);
   Walk walk(cut);
   Producer<ITEM_FIRST> producer(p, walk, lane, warp);
-  if (warp < WARPS) {
-    producer.fill(p);
-  } else {
-    wait_for_primary();
-    if (p.others && blockIdx.x == 0) {
-      for (int i = lane; i < static_cast<int>(sizeof(Counters) / 4); i += WARP) p.others[i] = 0;
-    }
+  producer.fill(p);
+  if (p.others && blockIdx.x == 0) {
+    for (int i = threadIdx.x; i < static_cast<int>(sizeof(Counters) / 4); i += THREADS) p.others[i] = 0;
   }
-  int slot = 0;
+  constexpr u32 END = STAGES * STAGE_BYTES;
+  u32 slot = 0, refill = END - STAGE_BYTES;  // the ring's slots that are read and filled next
+  u32 meta_at = producer.load.mine - lane * 16 + CODE_BYTES + lane / 4 * 32;
   bool fresh = true;
   Part part;
   while (walk.next<ITEM_FIRST>(p, part)) {
     const Item item = items()[part.item];
-    const int4 entry = compensated ? __ldg(p.compensator.table + item.expert) : make_int4(0, 0, 0, 0);
-    const bool has_u = entry.w && !part.is_v && part.first == 0;
     Accumulators total = {};
-    if (warp < WARPS) {
-      const int tiles = (item.count + 7) / 8;
-      for (int left = share(part, warp + 1) - share(part, warp); left > 0; --left) {
-        copy_wait<STAGES - 2>();
-        __syncwarp();  // metadata were copied by other lanes; and all are done with the slot that is refilled next
-        producer.step(p, slot == 0 ? STAGES - 1 : slot - 1);
-        multiply_tile(producer.load.ring + slot * STAGE_BYTES, lane, tiles, total);
-        slot = slot == STAGES - 1 ? 0 : slot + 1;
-      }
+    const int tiles = (item.count + 7) / 8;
+    for (int left = part.share(warp + 1) - part.share(warp); left > 0; --left) {
+      copy_wait<STAGES - 2>();
+      __syncwarp();  // metadata were copied by other lanes; and all are done with the slot that is refilled next
+      producer.step(p, refill);
+      multiply_tile(producer.load.mine + slot, meta_at + slot, tiles, total);
+      refill = slot;
+      slot = slot == END - STAGE_BYTES ? 0 : slot + STAGE_BYTES;
     }
-    if (has_u && (entry.w > ALONE || warp == WARPS)) {
-      const bool alone = entry.w <= ALONE;
-      add_factors<PARTS>(p, entry, part, item, alone ? 0 : warp, alone ? 1 : WARPS + 1, total);
+    if (part.u_steps > ALONE || (part.u_steps && warp == WARPS - 1)) {
+      const bool alone = part.u_steps <= ALONE;
+      add_factors<PARTS>(p, part, item, alone ? 0 : warp, alone ? 1 : WARPS, total);
     }
-    const int slices = WARPS + (has_u ? 1 : 0);
     __syncthreads();  // the last part's sums have been read
-    if (warp < slices) spread(total, 1.0f / (1 << P<B16, BITS>), reduction() + warp * SLICE);
+    spread(total, 1.0f / (1 << P<B16, BITS>), reduction() + warp * SLICE);
     if (PARTS == 1 && p.add_items && fresh) {
       for (int i = threadIdx.x; i < p.tokens * 64; i += THREADS) scratch().sums[i] = 0;
     }
@@ -182,11 +183,11 @@ __device__ __forceinline__ void work(const Params& p) {
     if (part.is_v) {
       write_v(p, part, item);
     } else if (PARTS == 1 && p.add_items) {
-      add_item(p, item, slices);
+      add_item(p, item);
       fresh = part.to == walk.end || divide(part.to, items().items * p.quanta).r == 0;
       if (fresh) write_sums(p, cut, part);
     } else {
-      write<PARTS>(p, cut, part, item, slices);
+      write<PARTS>(p, cut, part, item);
     }
   }
   copy_wait<0>();

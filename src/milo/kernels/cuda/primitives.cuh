@@ -12,6 +12,13 @@ extern __shared__ __align__(16) char shared[];
 
 __device__ __forceinline__ u32 shared_address(const void* p) { return static_cast<u32>(__cvta_generic_to_shared(p)); }
 
+// Volatile: read once and kept, not read anew (slowly) in every loop.
+__device__ __forceinline__ int lane_id() {
+  int lane;
+  asm volatile("mov.u32 %0, %laneid;" : "=r"(lane));
+  return lane;
+}
+
 // 16-byte asynchronous copies to shared memory. Weights are read once: they bypass L1 and are the first to leave L2.
 // Activations are shared by the blocks of an SM and go through L1. `bytes` is 16, or 0 to fill with zeros.
 __device__ __forceinline__ u64 evict_first() {

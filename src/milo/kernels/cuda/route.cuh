@@ -28,7 +28,8 @@ struct Table {
   static constexpr int MAX_ITEMS = MAX_PAIRS + MAX_PAIRS / TOKENS;
   short pairs[MAX_PAIRS];  // sorted by expert
   short expert[MAX_ITEMS], begin[MAX_ITEMS];
-  short v_end[MAX_ITEMS];  // row tiles of V of all items up to this one
+  short v_end[MAX_ITEMS];    // row tiles of V of all items up to this one
+  short u_steps[MAX_ITEMS];  // of an item's expert
   int items, routed;       // work items; pairs that have a local expert
 
   __device__ __forceinline__ Item operator[](int i) const {
@@ -40,19 +41,23 @@ struct Table {
   // The row tiles of V of all items.
   __device__ __forceinline__ int v_tiles() const { return items ? v_end[items - 1] : 0; }
 
-  // `tiles_of(expert)` is how many row tiles V has. All threads of the block call this after `build`.
-  template <typename TilesOf>
-  __device__ void count_v(TilesOf tiles_of) {
+  // `sizes` [experts]: row tiles of V, and steps of U in the upper half; null: none. All threads of the block call this
+  // after `build`.
+  __device__ void add_compensators(const u32* sizes) {
     const int lane = threadIdx.x % WARP;
     if (threadIdx.x < WARP) {
       int before = 0;
       for (int i = 0; i < items; i += WARP) {
-        int sum = i + lane < items ? tiles_of(expert[i + lane]) : 0;
+        const u32 size = sizes && i + lane < items ? sizes[expert[i + lane]] : 0;
+        int sum = size & 0xffff;
         for (int d = 1; d < WARP; d *= 2) {
           const int other = __shfl_up_sync(~0u, sum, d);
           if (lane >= d) sum += other;
         }
-        if (i + lane < items) v_end[i + lane] = static_cast<short>(before + sum);
+        if (i + lane < items) {
+          v_end[i + lane] = static_cast<short>(before + sum);
+          u_steps[i + lane] = static_cast<short>(size >> 16);
+        }
         before += __shfl_sync(~0u, sum, WARP - 1);
       }
     }

@@ -25,11 +25,11 @@ constexpr bool B16 = MILO_BF16;         // activations are bf16, not fp16
 constexpr int BITS = MILO_BITS;         // of a code: 3 or 4
 constexpr int HALVES = MILO_HALVES;     // groups within a tile's 64 in-features: 2 for groups of 32, else 1
 constexpr int NT = MILO_NT;             // n8 tiles of tokens
-constexpr int WARPS = MILO_WARPS;       // that multiply; one more adds compensators
+constexpr int WARPS = MILO_WARPS;
 constexpr int STAGES = MILO_STAGES;
 
 constexpr int TOKENS = 8 * NT;
-constexpr int THREADS = (WARPS + 1) * WARP;
+constexpr int THREADS = WARPS * WARP;
 constexpr int CODE_BYTES = BITS * 512, META_BYTES = 256 * HALVES, X_BYTES = 1024 * NT;
 constexpr int STAGE_BYTES = CODE_BYTES + META_BYTES + X_BYTES;
 
@@ -41,26 +41,30 @@ struct Matrix {
 
 using Accumulators = float[4][NT][4];
 
+// Copies tile after tile of one row tile into the ring.
 struct Loader {
-  const char *codes, *meta;  // of this row tile, at this lane
-  const char* x[NT];         // this lane's part of its token's activations
+  const char *codes, *meta;  // of the next tile (meta: of this row tile), at this lane
+  const char* activation;
+  u32 x[NT];                 // this lane's part of its token's activations for the next tile, in bytes from there
   u64 policy;
-  u32 ring;                  // this warp's ring
-  int meta_shift, in_features, lane;
+  u32 mine;                  // this warp's ring, at this lane's 16 bytes
+  int meta_shift, in_features;
+  bool has_meta;             // this lane copies 16 bytes of metadata
 
-  __device__ __forceinline__ void weights(int kt, int slot) const {
-    const u32 to = ring + slot * STAGE_BYTES + lane * 16;
-    const char* from = codes + static_cast<long long>(kt) * CODE_BYTES;
+  __device__ __forceinline__ void weights(int kt, u32 slot) {
+    const u32 to = mine + slot;
 #pragma unroll
-    for (int j = 0; j < BITS; ++j) copy_weights(to + j * 512, from + j * 512, policy);
-    if (HALVES == 2 || lane < 16) copy_weights(to + CODE_BYTES, meta + (kt >> meta_shift) * META_BYTES, policy);
+    for (int j = 0; j < BITS; ++j) copy_weights(to + j * 512, codes + j * 512, policy);
+    if (HALVES == 2 || has_meta) copy_weights(to + CODE_BYTES, meta + (kt >> meta_shift) * META_BYTES, policy);
+    codes += CODE_BYTES;
   }
   // Beyond K (whose last tile may be half full) zeros; where there is no token, another's activations: the columns of
   // an MMA do not mix, and that one's is not written.
-  __device__ __forceinline__ void activations(int nt, const char* from, bool whole, int slot) const {
-    const u32 to = ring + slot * STAGE_BYTES + CODE_BYTES + META_BYTES + nt * 1024 + lane * 16;
+  __device__ __forceinline__ void activations(int nt, u32 at, bool whole, u32 slot) const {
+    const char* from = activation + at;
+    const u32 to = mine + slot + CODE_BYTES + META_BYTES + nt * 1024;
     copy_activations(to, from, 16);
-    copy_activations(to + 512, whole ? from + 64 : from, whole ? 16 : 0);
+    copy_activations(to + 512, from + 64, whole ? 16 : 0);
   }
   __device__ __forceinline__ bool whole(int kt) const { return kt * 64 + 32 < in_features; }
 };
@@ -69,15 +73,16 @@ __device__ __forceinline__ u32 component(const uint4& v, int i) {
   return i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w;
 }
 
-// Multiply the tile in ring slot `at` into `total`, in units of 2^-P.
-__device__ __forceinline__ void multiply_tile(u32 at, int lane, int tiles, Accumulators& total) {
+// Multiply a tile into `total`, in units of 2^-P. `at`: its place in the ring, at this lane's 16 bytes; `meta_at`: at the
+// metadata of this lane's rows.
+__device__ __forceinline__ void multiply_tile(u32 at, u32 meta_at, int tiles, Accumulators& total) {
   uint4 words[BITS], meta[HALVES][2], x[NT][2];
 #pragma unroll
-  for (int j = 0; j < BITS; ++j) words[j] = load_shared(at + j * 512 + lane * 16);
+  for (int j = 0; j < BITS; ++j) words[j] = load_shared(at + j * 512);
 #pragma unroll
   for (int h = 0; h < HALVES; ++h) {
 #pragma unroll
-    for (int i = 0; i < 2; ++i) meta[h][i] = load_shared(at + CODE_BYTES + h * 256 + lane / 4 * 32 + i * 16);
+    for (int i = 0; i < 2; ++i) meta[h][i] = load_shared(meta_at + h * 256 + i * 16);
   }
   float sums[NT][HALVES][4];
   constexpr u32 one = B16 ? 0x3f803f80u : 0x3c003c00u;
@@ -89,7 +94,7 @@ __device__ __forceinline__ void multiply_tile(u32 at, int lane, int tiles, Accum
       for (int h = 0; h < HALVES; ++h) for (int i = 0; i < 4; ++i) sums[nt][h][i] = 0;
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        x[nt][half] = load_shared(at + CODE_BYTES + META_BYTES + nt * 1024 + half * 512 + lane * 16);
+        x[nt][half] = load_shared(at + CODE_BYTES + META_BYTES + nt * 1024 + half * 512);
         mma<B16>(sums[nt][half % HALVES], ones, x[nt][half].x, x[nt][half].y);
         mma<B16>(sums[nt][half % HALVES], ones, x[nt][half].z, x[nt][half].w);
       }
@@ -155,10 +160,10 @@ __device__ __forceinline__ void spread(const Accumulators& total, float unit, fl
   }
 }
 
-__device__ __forceinline__ float gather(const float* partial, int slices, int token, int row) {
+__device__ __forceinline__ float gather(const float* partial, int token, int row) {
   float sum = 0;
   const int at = place(token, row);
-#pragma unroll 4
-  for (int w = 0; w < slices; ++w) sum += partial[w * SLICE + at];
+#pragma unroll
+  for (int w = 0; w < WARPS; ++w) sum += partial[w * SLICE + at];
   return sum;
 }

@@ -48,8 +48,9 @@ static_assert(sizeof(Counters) <= MILO_COUNTER_BYTES, "the host allocates less")
 
 constexpr int ADDED_TOKENS = 8, ADDED_PAIRS = 128;  // at most, where a block adds items up
 constexpr int RING_BYTES = WARPS * STAGES * STAGE_BYTES;
-constexpr int REDUCE_BYTES = (WARPS + 1) * SLICE * 4;
-static_assert(REDUCE_BYTES >= MILO_EXPERTS * 4, "the routing's counts borrow the reduction's memory");
+constexpr int REDUCE_BYTES = WARPS * SLICE * 4;
+static_assert(REDUCE_BYTES >= MILO_EXPERTS * 8, "routing borrows the reduction's memory for two words an expert");
+constexpr int ALONE = 4;  // steps of U that the last warp does by itself; of more, every warp takes its share
 
 struct Scratch {
   Items items;
@@ -92,6 +93,13 @@ struct Part {
   int item, group, split;  // group: the row tile
   int from, to;            // quanta of the line (V: none)
   int first, last;         // tiles of K
+  int u_steps;             // that are due with this part
+
+  // This warp's tiles. One that adds U by itself has fewer.
+  __device__ __forceinline__ int share(int warp) const {
+    const int alone = u_steps && u_steps <= ALONE ? u_steps + 1 : 0;
+    return min(first + divide((last - first + alone) * warp, WARPS).q, last);
+  }
 };
 
 // The parts of this block in their order.
@@ -113,7 +121,7 @@ struct Walk {
       }
       part.is_v = true, part.item = low, part.split = tile.r;
       part.group = tile.q - (low ? items().v_end[low - 1] : 0);
-      part.from = part.to = 0;
+      part.from = part.to = part.u_steps = 0;
       part.first = divide(p.v.ktiles * tile.r, splits).q;
       part.last = divide(p.v.ktiles * (tile.r + 1), splits).q;
       v += gridDim.x;
@@ -128,93 +136,98 @@ struct Walk {
     part.from = at, part.to = at + run;
     part.first = divide(p.weights.ktiles * unit.r, p.quanta).q;
     part.last = divide(p.weights.ktiles * (unit.r + run), p.quanta).q;
+    part.u_steps = part.first == 0 ? items().u_steps[part.item] : 0;
     at += run;
     return true;
   }
 };
-
-// This warp's tiles of a part.
-__device__ __forceinline__ int share(const Part& part, int warp) {
-  return part.first + divide((part.last - part.first) * warp, WARPS).q;
-}
 
 // Runs ahead of the computation by STAGES - 1 tiles, over the borders of parts.
 template <bool ITEM_FIRST>
 struct Producer {
   Loader load;
   Walk walk;
-  int kt, last;  // last < 0: there is no more
+  int kt = 0, last = 0;  // last < 0: there is no more
 
   __device__ __forceinline__ Producer(const Params& p, const Walk& start, int lane, int warp) : walk(start) {
-    load.lane = lane;
     load.policy = evict_first();
     load.in_features = p.in_features;
-    load.ring = shared_address(shared) + warp * STAGES * STAGE_BYTES;
-    settle(p);
+    load.activation = reinterpret_cast<const char*>(p.x);
+    load.mine = shared_address(shared) + warp * STAGES * STAGE_BYTES + lane * 16;
+    load.has_meta = lane < 16;
   }
-  __device__ __forceinline__ bool done() const { return last < 0; }
 
-  // Settle on the next part that has a tile for this warp.
-  __device__ __forceinline__ void settle(const Params& p) {
-    const int warp = threadIdx.x / WARP;
+  // Whether there is a tile for this warp; if the part has none left, in the parts that follow.
+  __device__ __forceinline__ bool find(const Params& p) {
+    if (kt < last) return true;
+    if (last < 0) return false;
+    const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
     Part part;
     do {
       if (!walk.next<ITEM_FIRST>(p, part)) {
         last = -1;
-        return;
+        return false;
       }
-      kt = share(part, warp), last = share(part, warp + 1);
+      kt = part.share(warp), last = part.share(warp + 1);
     } while (kt >= last);
     const Item item = items()[part.item];
     const Matrix& m = part.is_v ? p.v : p.weights;
     long long row_tile = static_cast<long long>(item.expert) * p.row_tiles + part.group;
     if (part.is_v) row_tile = __ldg(&p.compensator.table[item.expert].x) + part.group;
-    load.codes = m.codes + row_tile * m.ktiles * CODE_BYTES + load.lane * 16;
-    load.meta = m.meta + row_tile * m.groups * META_BYTES + load.lane * 16;
+    load.codes = m.codes + (row_tile * m.ktiles + kt) * CODE_BYTES + lane * 16;
+    load.meta = m.meta + row_tile * m.groups * META_BYTES + lane * 16;
     load.meta_shift = m.meta_shift;
 #pragma unroll
     for (int nt = 0; nt < NT; ++nt) {
-      const int n = min(nt * 8 + load.lane / 4, item.count - 1);
-      const long long row = divide(items().pairs[item.begin + n], p.row_divisor).q;
-      load.x[nt] = reinterpret_cast<const char*>(p.x + row * p.in_features + load.lane % 4 * 8);
+      const int n = min(nt * 8 + lane / 4, item.count - 1);
+      const int row = divide(items().pairs[item.begin + n], p.row_divisor).q;
+      load.x[nt] = 2 * static_cast<u32>(row * p.in_features + kt * 64 + lane % 4 * 8);
     }
+    return true;
   }
-  __device__ __forceinline__ void advance(const Params& p) {
-    if (++kt == last) settle(p);
-  }
-  // One tile into a slot of the ring.
-  __device__ __forceinline__ void step(const Params& p, int slot) {
-    if (!done()) {
+  // One tile into the slot of the ring that begins at `slot`.
+  __device__ __forceinline__ void step(const Params& p, u32 slot) {
+    if (find(p)) {
       load.weights(kt, slot);
 #pragma unroll
-      for (int nt = 0; nt < NT; ++nt) load.activations(nt, load.x[nt] + kt * 128, load.whole(kt), slot);
-      advance(p);
+      for (int nt = 0; nt < NT; ++nt) {
+        load.activations(nt, load.x[nt], load.whole(kt), slot);
+        load.x[nt] += 128;
+      }
+      ++kt;
     }
     copy_commit();
   }
-  // The first tiles: their weights at once, their activations when the kernel ahead has written them.
+  // The first tiles: their weights at once, their activations when the kernel ahead has written them. Meanwhile a
+  // slot's room for activations holds where they are.
   __device__ __forceinline__ void fill(const Params& p) {
-    const char* x[STAGES - 1][NT];
-    bool whole[STAGES - 1];
+    int filled = 0;
+#pragma unroll 1
+    for (; filled < STAGES - 1 && find(p); ++filled, ++kt) {
+      load.weights(kt, filled * STAGE_BYTES);
+      const bool whole = load.whole(kt);
 #pragma unroll
-    for (int s = 0; s < STAGES - 1; ++s) {
-      x[s][0] = nullptr;
-      if (!done()) {
-        load.weights(kt, s);
-#pragma unroll
-        for (int nt = 0; nt < NT; ++nt) x[s][nt] = load.x[nt] + kt * 128;
-        whole[s] = load.whole(kt);
-        advance(p);
+      for (int nt = 0; nt < NT; ++nt) {
+        *note(filled, nt) = make_uint2(load.x[nt], whole);
+        load.x[nt] += 128;
       }
     }
     wait_for_primary();
-#pragma unroll
+#pragma unroll 1
     for (int s = 0; s < STAGES - 1; ++s) {
-      if (x[s][0]) {
+      if (s < filled) {
 #pragma unroll
-        for (int nt = 0; nt < NT; ++nt) load.activations(nt, x[s][nt], whole[s], s);
+        for (int nt = 0; nt < NT; ++nt) {
+          const uint2 where = *note(s, nt);
+          load.activations(nt, where.x, where.y, s * STAGE_BYTES);
+        }
       }
       copy_commit();
     }
+  }
+  __device__ __forceinline__ uint2* note(int slot, int nt) const {
+    const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
+    const int at = (warp * STAGES + slot) * STAGE_BYTES + CODE_BYTES + META_BYTES + nt * 1024 + lane * 16;
+    return reinterpret_cast<uint2*>(shared + at);
   }
 };
