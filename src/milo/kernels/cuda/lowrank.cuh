@@ -7,12 +7,13 @@ constexpr int SPLITS = 4;  // of V's K, at most
 // total += 2^P U t for the steps first, first + stride, ... PARTS = 2: rows 0-31 use gate's t and rows 32-63 up's.
 // A step is read while nothing waits for it yet; t is complete when V's counter says so.
 template <int PARTS>
-__device__ __forceinline__ void add_factors(const Params& p, const Part& part, Item item, int first, int stride,
+__device__ __forceinline__ void add_factors(const Params& p, const Part& part, int first, int stride,
                                             Accumulators& total) {
   const Compensator& c = p.compensator;
-  const int4 entry = __ldg(c.table + item.expert);
+  const int4 entry = __ldg(c.table + items().expert[part.item]);
   const int lane = threadIdx.x % WARP, steps = entry.w;
   bool complete = false;
+#pragma unroll 1
   for (int step = first; step < steps; step += stride) {
     const long long at = entry.z + static_cast<long long>(part.group) * steps + step;
     u32 words[3], scales[PARTS][2], pairs[16];
@@ -35,9 +36,9 @@ __device__ __forceinline__ void add_factors(const Params& p, const Part& part, I
     complete = true;
 #pragma unroll
     for (int nt = 0; nt < NT; ++nt) {
-      if (nt * 8 < item.count) {
+      if (nt * 8 < part.count) {
         const int n = nt * 8 + lane / 4;
-        const long long pair = items().pairs[item.begin + min(n, item.count - 1)];
+        const long long pair = items().pairs[part.begin + min(n, part.count - 1)];
 #pragma unroll
         for (int side = 0; side < PARTS; ++side) {
           u32 high[2], low[2];

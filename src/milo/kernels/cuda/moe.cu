@@ -25,68 +25,56 @@ __device__ __forceinline__ float activate(int kind, float g) {
   return 0.5f * g * (1 + erff(0.7071067811865476f * g));
 }
 
-// Calls `f(token of the item, row)` for rows 0 .. 32 * runs - 1, 32 rows a warp and turn.
-template <typename F>
-__device__ __forceinline__ void for_rows(int runs, int count, F f) {
-  for (int turn = threadIdx.x / WARP; turn < runs * count; turn += WARPS) {
-    const Quotient at = divide(turn, runs);
-    f(at.q, at.r * 32 + threadIdx.x % WARP);
+// Calls `f(token of the item, row)` for rows 0 .. 32 * RUNS - 1, 32 rows a warp and turn.
+template <int RUNS, typename F>
+__device__ __forceinline__ void for_rows(int count, F f) {
+#pragma unroll 1
+  for (int turn = threadIdx.x / WARP; turn < RUNS * count; turn += WARPS) {
+    f(turn / RUNS, turn % RUNS * 32 + static_cast<int>(threadIdx.x % WARP));
   }
 }
 
-// The stretch of the line whose products are added up into one result, and the blocks behind this one that work on it.
-struct Sum {
-  int begin, end, carriers_end;
+// The blocks behind this one whose sums belong to the stretch of the line that ends at `end`.
+struct Carriers {
+  Cut cut;
+  int end;
 
-  __device__ __forceinline__ Sum(const Params& p, const Cut& cut, int from) {
-    const int length = p.add_items ? items().items * p.quanta : p.quanta;
-    begin = divide(from, length).q * length, end = begin + length;
-    carriers_end = blockIdx.x + 1;
-    while (carriers_end < gridDim.x && cut(carriers_end) < end) ++carriers_end;
-  }
-  // Until they all have left their sums.
-  __device__ __forceinline__ void wait(const Params& p, const Cut& cut) const {
-    for (int b = blockIdx.x + 1; b < carriers_end; ++b) {
-      if (cut(b) < cut(b + 1)) wait_until(counters(p).carried + b, 1);
+  __device__ __forceinline__ Carriers(const Params& p, int sum_end) : cut(p), end(blockIdx.x + 1) {
+    while (end < static_cast<int>(gridDim.x) && cut(end) < sum_end) ++end;
+#pragma unroll 1
+    for (int b = blockIdx.x + 1; b < end; ++b) {
+      if (cut(b) < cut(b + 1)) wait_until(counters(p).carried + b, 1);  // a block may have V alone
     }
   }
-  __device__ __forceinline__ float carried(const Params& p, const Cut& cut, int at) const {
-    float sum = 0;
-    for (int b = blockIdx.x + 1; b < carriers_end; ++b) {
-      if (cut(b) < cut(b + 1)) sum += __ldcg(p.carry + static_cast<long long>(b) * SLICE + at);
+
+  __device__ __forceinline__ float sum(const Params& p, int at) const {
+    float total = 0;
+#pragma unroll 1
+    for (int b = blockIdx.x + 1; b < end; ++b) {
+      if (cut(b) < cut(b + 1)) total += __ldcg(p.carry + static_cast<long long>(b) * SLICE + at);
     }
-    return sum;
+    return total;
   }
 };
 
-__device__ __forceinline__ void write_v(const Params& p, const Part& part, Item item) {
-  for_rows(2, item.count, [&](int n, int row) {
-    const long long pair = items().pairs[item.begin + n];
+__device__ __forceinline__ void write_v(const Params& p, const Part& part) {
+  for_rows<2>(part.count, [&](int n, int row) {
+    const long long pair = items().pairs[part.begin + n];
     const long long at = (part.split * static_cast<long long>(p.routing.pairs) + pair) * p.compensator.t_stride;
     __stcg(p.compensator.t + at + part.group * 64 + row, gather(reduction(), n, row));
   });
   block_add(counters(p).v_done + part.item);
 }
 
-// A unit, or a piece of one, to h (PARTS = 2), to `partial`, or to `carry`.
-template <int PARTS>
-__device__ __forceinline__ void write(const Params& p, const Cut& cut, const Part& part, Item item) {
-  const Sum sum(p, cut, part.from);
-  if (part.from != sum.begin) {
-    float* carry = p.carry + static_cast<long long>(blockIdx.x) * SLICE;
-    for_rows(2, item.count, [&](int n, int row) {
-      __stcg(carry + n * 64 + row, gather(reduction(), n, row));
-    });
-    block_add(counters(p).carried + blockIdx.x);
-    return;
-  }
-  sum.wait(p, cut);
+// The beginning of a unit, complete by `rest(n, row)`, to h (PARTS = 2) or to `partial`.
+template <int PARTS, typename Rest>
+__device__ __forceinline__ void write_unit(const Params& p, const Part& part, Rest rest) {
   constexpr int RUN = 64 / PARTS;  // results of a row tile
-  for_rows(RUN / 32, item.count, [&](int n, int row) {
-    const long long pair = items().pairs[item.begin + n];
-    const float one = gather(reduction(), n, row) + sum.carried(p, cut, n * 64 + row);
+  for_rows<RUN / 32>(part.count, [&](int n, int row) {
+    const long long pair = items().pairs[part.begin + n];
+    const float one = gather(reduction(), n, row) + rest(n, row);
     if constexpr (PARTS == 2) {
-      const float up = gather(reduction(), n, row + 32) + sum.carried(p, cut, n * 64 + row + 32);
+      const float up = gather(reduction(), n, row + 32) + rest(n, row + 32);
       const int column = part.group * RUN + row;
       static_cast<u16*>(p.out)[pair * p.rows + column] = round_to_16<B16>(activate(p.activation, one) * up);
     } else {
@@ -95,73 +83,126 @@ __device__ __forceinline__ void write(const Params& p, const Cut& cut, const Par
   });
 }
 
+// A unit or a piece of one.
+template <int PARTS>
+__device__ __forceinline__ void write(const Params& p, const Part& part) {
+  if (part.first != 0) {
+    float* carry = p.carry + static_cast<long long>(blockIdx.x) * SLICE;
+    for_rows<2>(part.count, [&](int n, int row) { __stcg(carry + n * 64 + row, gather(reduction(), n, row)); });
+    block_add(counters(p).carried + blockIdx.x);
+  } else if (part.last == p.weights.ktiles) {
+    write_unit<PARTS>(p, part, [](int, int) { return 0.0f; });
+  } else {
+    const Carriers carriers(p, part.from + p.quanta);
+    write_unit<PARTS>(p, part, [&](int n, int row) { return carriers.sum(p, n * 64 + row); });
+  }
+}
+
 // A unit or a piece of one, times the router's weights, to the sums of its row tile.
-__device__ __forceinline__ void add_item(const Params& p, Item item) {
-  const short* pairs = items().pairs + item.begin;
-  for_rows(2, item.count, [&](int n, int row) {
+__device__ __forceinline__ void add_item(const Params& p, const Part& part) {
+  const short* pairs = items().pairs + part.begin;
+  for_rows<2>(part.count, [&](int n, int row) {
     const int token = divide(pairs[n], p.topk).q;
     if (n && divide(pairs[n - 1], p.topk).q == token) return;  // chose the expert twice: added with the first
     float sum = 0;
-    for (int m = n; m < item.count && divide(pairs[m], p.topk).q == token; ++m) {
+#pragma unroll 1
+    for (int m = n; m < part.count && divide(pairs[m], p.topk).q == token; ++m) {
       sum += scratch().weights[pairs[m]] * gather(reduction(), m, row);
     }
     scratch().sums[token * 64 + row] += sum;
   });
 }
 
-// The sums of a row tile, or this block's share of them, to y or to `carry`.
-__device__ __forceinline__ void write_sums(const Params& p, const Cut& cut, const Part& part) {
-  const Sum sum(p, cut, part.from);
-  const bool mine = cut(blockIdx.x) <= sum.begin;
-  __syncthreads();
-  if (mine) sum.wait(p, cut);
+// The sums of a row tile to y, complete by `rest(index)`.
+template <typename Rest>
+__device__ __forceinline__ void write_y(const Params& p, int group, Rest rest) {
+#pragma unroll 1
   for (int i = threadIdx.x; i < p.tokens * 64; i += THREADS) {
-    const float here = scratch().sums[i];
-    if (!mine) {
-      __stcg(p.carry + static_cast<long long>(blockIdx.x) * SLICE + i, here);
-      continue;
+    const int column = group * 64 + i % 64;
+    if (column < p.rows) {
+      const float y = scratch().sums[i] + rest(i) + bias(p, column);
+      static_cast<u16*>(p.out)[static_cast<long long>(i / 64) * p.rows + column] = round_to_16<B16>(y);
     }
-    const int column = part.group * 64 + i % 64;
-    if (column >= p.rows) continue;
-    const float y = here + sum.carried(p, cut, i) + bias(p, column);
-    static_cast<u16*>(p.out)[static_cast<long long>(i / 64) * p.rows + column] = round_to_16<B16>(y);
   }
-  if (!mine) block_add(counters(p).carried + blockIdx.x);
+}
+
+// The sums of a row tile, of which this block has the beginning (`begins`) and the end, or not.
+__device__ __forceinline__ void write_sums(const Params& p, const Part& part, bool begins, bool ends) {
+  __syncthreads();
+  if (!begins) {
+    float* carry = p.carry + static_cast<long long>(blockIdx.x) * SLICE;
+#pragma unroll 1
+    for (int i = threadIdx.x; i < p.tokens * 64; i += THREADS) __stcg(carry + i, scratch().sums[i]);
+    block_add(counters(p).carried + blockIdx.x);
+  } else if (ends) {
+    write_y(p, part.group, [](int) { return 0.0f; });
+  } else {
+    const Carriers carriers(p, (part.group + 1) * items().items * p.quanta);
+    write_y(p, part.group, [&](int i) { return carriers.sum(p, i); });
+  }
+}
+
+// What the block does, and the first of its parts. All that must come from memory is asked for at the same time.
+template <bool ITEM_FIRST>
+__device__ __forceinline__ void prepare(const Params& p) {
+  const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
+  int* counts = reinterpret_cast<int*>(reduction());
+  u32* sizes = reinterpret_cast<u32*>(counts + MILO_EXPERTS);
+  const bool compensated = p.compensator.t_stride > 0;
+  auto gather_tables = [&](int thread, int threads) {
+    if (compensated) {
+#pragma unroll 2
+      for (int i = thread; i < p.routing.experts; i += threads) {
+        const int4 entry = __ldg(p.compensator.table + i);
+        sizes[i] = entry.y | entry.w << 16;
+      }
+    }
+    if (p.add_items) {
+#pragma unroll 1
+      for (int i = thread; i < p.routing.pairs; i += threads) scratch().weights[i] = choice_weight(p, i);
+    }
+  };
+  if (!p.routing.ids) {
+    items().build_plain(p.routing);
+    gather_tables(threadIdx.x, THREADS);
+  } else if (p.routing.pairs > WARP) {
+    items().build(p.routing, p.row_divisor, counts, gather_tables);
+  } else if (warp == 0) {
+    items().build_small(lane < p.routing.pairs ? local_expert(p.routing, lane) : -1, p.row_divisor);
+  } else {
+    gather_tables(threadIdx.x - WARP, THREADS - WARP);
+  }
+  __syncthreads();
+  if (warp == 0) {
+    items().add_compensators(compensated ? sizes : nullptr);
+    plan_stretch(p);
+    describe<ITEM_FIRST>(p, 0);
+  }
+  __syncthreads();
 }
 
 template <int PARTS>
 __device__ __forceinline__ void work(const Params& p) {
   constexpr bool ITEM_FIRST = PARTS == 1;
   const int lane = lane_id(), warp = threadIdx.x / WARP;
-  int* counts = reinterpret_cast<int*>(reduction());
-  u32* sizes = reinterpret_cast<u32*>(counts + MILO_EXPERTS);
-  if (p.compensator.t_stride) {  // read together with the ids
-    for (int i = threadIdx.x; i < p.routing.experts; i += THREADS) {
-      const int4 entry = __ldg(p.compensator.table + i);
-      sizes[i] = entry.y | entry.w << 16;
-    }
-  }
-  items().build(p.routing, counts);
-  if (p.add_items) {
-    for (int i = threadIdx.x; i < p.routing.pairs; i += THREADS) scratch().weights[i] = choice_weight(p, i);
-  }
-  items().add_compensators(p.compensator.t_stride ? sizes : nullptr);
-  const Cut cut(p);
-  Walk walk(cut);
-  Producer<ITEM_FIRST> producer(p, walk, lane, warp);
+  prepare<ITEM_FIRST>(p);
+  Producer producer(p, lane, warp);
   producer.fill(p);
   if (p.others && blockIdx.x == 0) {
+#pragma unroll 1
     for (int i = threadIdx.x; i < static_cast<int>(sizeof(Counters) / 4); i += THREADS) p.others[i] = 0;
   }
   constexpr u32 END = STAGES * STAGE_BYTES;
   u32 slot = 0, refill = END - STAGE_BYTES;  // the ring's slots that are read and filled next
-  u32 meta_at = producer.load.mine - lane * 16 + CODE_BYTES + lane / 4 * 32;
-  bool fresh = true;
-  Part part;
-  while (walk.next<ITEM_FIRST>(p, part)) {
-    const Item item = items()[part.item];
+  const u32 meta_at = producer.load.mine - lane * 16 + CODE_BYTES + lane / 4 * 32;
+  const int parts = scratch().stretch.parts;
+  bool fresh = true, begins = false;  // down: the sums are to be begun; this block has the beginning of theirs
+#pragma unroll 1
+  for (int number = 0; number < parts; ++number) {
+    const Part part = scratch().parts[number % (2 * WARP)];
     Accumulators total = {};
-    const int tiles = (item.count + 7) / 8;
+    const int tiles = (part.count + 7) / 8;
+#pragma unroll 1
     for (int left = part.share(warp + 1) - part.share(warp); left > 0; --left) {
       copy_wait<STAGES - 2>();
       __syncwarp();  // metadata were copied by other lanes; and all are done with the slot that is refilled next
@@ -172,22 +213,29 @@ __device__ __forceinline__ void work(const Params& p) {
     }
     if (part.u_steps > ALONE || (part.u_steps && warp == WARPS - 1)) {
       const bool alone = part.u_steps <= ALONE;
-      add_factors<PARTS>(p, part, item, alone ? 0 : warp, alone ? 1 : WARPS, total);
+      add_factors<PARTS>(p, part, alone ? 0 : warp, alone ? 1 : WARPS, total);
     }
     __syncthreads();  // the last part's sums have been read
     spread(total, 1.0f / (1 << P<B16, BITS>), reduction() + warp * SLICE);
-    if (PARTS == 1 && p.add_items && fresh) {
+    if (number % WARP == 0) {  // the queue's older half is free
+      if (warp == 0) describe<ITEM_FIRST>(p, number + WARP);
+      producer.known = min(number + 2 * WARP, parts);
+    }
+    if (PARTS == 1 && p.add_items && fresh && !part.is_v()) {
+#pragma unroll 1
       for (int i = threadIdx.x; i < p.tokens * 64; i += THREADS) scratch().sums[i] = 0;
+      begins = part.item == 0 && part.first == 0;
     }
     __syncthreads();
-    if (part.is_v) {
-      write_v(p, part, item);
+    if (part.is_v()) {
+      write_v(p, part);
     } else if (PARTS == 1 && p.add_items) {
-      add_item(p, item);
-      fresh = part.to == walk.end || divide(part.to, items().items * p.quanta).r == 0;
-      if (fresh) write_sums(p, cut, part);
+      add_item(p, part);
+      const bool ends = part.item == items().items - 1 && part.last == p.weights.ktiles;
+      fresh = ends || number == parts - 1;
+      if (fresh) write_sums(p, part, begins, ends);
     } else {
-      write<PARTS>(p, cut, part, item);
+      write<PARTS>(p, part);
     }
   }
   copy_wait<0>();

@@ -73,10 +73,11 @@ __device__ __forceinline__ u32 component(const uint4& v, int i) {
   return i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w;
 }
 
-// Multiply a tile into `total`, in units of 2^-P. `at`: its place in the ring, at this lane's 16 bytes; `meta_at`: at the
-// metadata of this lane's rows.
-__device__ __forceinline__ void multiply_tile(u32 at, u32 meta_at, int tiles, Accumulators& total) {
-  uint4 words[BITS], meta[HALVES][2], x[NT][2];
+// Multiply a tile by the first N n8 tiles of tokens into `total`, in units of 2^-P. `at`: its place in the ring, at this
+// lane's 16 bytes; `meta_at`: at the metadata of this lane's rows.
+template <int N>
+__device__ __forceinline__ void multiply_by(u32 at, u32 meta_at, Accumulators& total) {
+  uint4 words[BITS], meta[HALVES][2], x[N][2];
 #pragma unroll
   for (int j = 0; j < BITS; ++j) words[j] = load_shared(at + j * 512);
 #pragma unroll
@@ -84,20 +85,18 @@ __device__ __forceinline__ void multiply_tile(u32 at, u32 meta_at, int tiles, Ac
 #pragma unroll
     for (int i = 0; i < 2; ++i) meta[h][i] = load_shared(meta_at + h * 256 + i * 16);
   }
-  float sums[NT][HALVES][4];
+  float sums[N][HALVES][4];
   constexpr u32 one = B16 ? 0x3f803f80u : 0x3c003c00u;
   constexpr u32 ones[4] = {one, one, one, one};
 #pragma unroll
-  for (int nt = 0; nt < NT; ++nt) {
-    if (NT == 1 || nt < tiles) {
+  for (int nt = 0; nt < N; ++nt) {
 #pragma unroll
-      for (int h = 0; h < HALVES; ++h) for (int i = 0; i < 4; ++i) sums[nt][h][i] = 0;
+    for (int h = 0; h < HALVES; ++h) for (int i = 0; i < 4; ++i) sums[nt][h][i] = 0;
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        x[nt][half] = load_shared(at + CODE_BYTES + META_BYTES + nt * 1024 + half * 512);
-        mma<B16>(sums[nt][half % HALVES], ones, x[nt][half].x, x[nt][half].y);
-        mma<B16>(sums[nt][half % HALVES], ones, x[nt][half].z, x[nt][half].w);
-      }
+    for (int half = 0; half < 2; ++half) {
+      x[nt][half] = load_shared(at + CODE_BYTES + META_BYTES + nt * 1024 + half * 512);
+      mma<B16>(sums[nt][half % HALVES], ones, x[nt][half].x, x[nt][half].y);
+      mma<B16>(sums[nt][half % HALVES], ones, x[nt][half].z, x[nt][half].w);
     }
   }
 #pragma unroll
@@ -106,38 +105,48 @@ __device__ __forceinline__ void multiply_tile(u32 at, u32 meta_at, int tiles, Ac
 #pragma unroll
     for (int j = 0; j < BITS; ++j) mine[j] = component(words[j], mt);
     decode<B16, BITS>(mine, pairs);
-    float scale[HALVES][2], zero[HALVES][2];
+    float scale[HALVES][2], d[N][HALVES][4];
 #pragma unroll
     for (int h = 0; h < HALVES; ++h) {
 #pragma unroll
       for (int row = 0; row < 2; ++row) {
         const u32 both = component(meta[h][mt / 2], mt % 2 * 2 + row);
         scale[h][row] = from_fp16(static_cast<u16>(both));
-        zero[h][row] = -BASE<B16> - (1 << P<B16, BITS>) * from_fp16(static_cast<u16>(both >> 16));
+        const float zero = -BASE<B16> - (1 << P<B16, BITS>) * from_fp16(static_cast<u16>(both >> 16));
+#pragma unroll
+        for (int nt = 0; nt < N; ++nt) {
+#pragma unroll
+          for (int i = 0; i < 2; ++i) d[nt][h][2 * row + i] = zero * sums[nt][h][i];
+        }
       }
     }
 #pragma unroll
-    for (int nt = 0; nt < NT; ++nt) {
-      if (NT == 1 || nt < tiles) {
-        float d[HALVES][4];
+    for (int half = 0; half < 2; ++half) {
 #pragma unroll
-        for (int h = 0; h < HALVES; ++h) {
+      for (int nt = 0; nt < N; ++nt) mma<B16>(d[nt][half % HALVES], pairs + half * 8, x[nt][half].x, x[nt][half].y);
 #pragma unroll
-          for (int i = 0; i < 4; ++i) d[h][i] = zero[h][i / 2] * sums[nt][h][i % 2];
-        }
+      for (int nt = 0; nt < N; ++nt) {
+        mma<B16>(d[nt][half % HALVES], pairs + half * 8 + 4, x[nt][half].z, x[nt][half].w);
+      }
+    }
 #pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          mma<B16>(d[half % HALVES], pairs + half * 8, x[nt][half].x, x[nt][half].y);
-          mma<B16>(d[half % HALVES], pairs + half * 8 + 4, x[nt][half].z, x[nt][half].w);
-        }
+    for (int nt = 0; nt < N; ++nt) {
 #pragma unroll
-        for (int h = 0; h < HALVES; ++h) {
+      for (int h = 0; h < HALVES; ++h) {
 #pragma unroll
-          for (int i = 0; i < 4; ++i) total[mt][nt][i] += scale[h][i / 2] * d[h][i];
-        }
+        for (int i = 0; i < 4; ++i) total[mt][nt][i] += scale[h][i / 2] * d[nt][h][i];
       }
     }
   }
+}
+
+// By as many of them as there are tokens for: a branch here, none inside.
+template <int N = NT>
+__device__ __forceinline__ void multiply_tile(u32 at, u32 meta_at, int tiles, Accumulators& total) {
+  if constexpr (N > 1) {
+    if (tiles < N) return multiply_tile<N - 1>(at, meta_at, tiles, total);
+  }
+  multiply_by<N>(at, meta_at, total);
 }
 
 // Where the sum for a token and a row stands in a slice of the reduction: without bank conflicts for those who spread

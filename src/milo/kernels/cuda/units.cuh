@@ -5,7 +5,8 @@
 // equal runs of K, and every block takes an equal stretch of that line: no rounds, no idle blocks at the end. A stretch
 // may begin or end inside a *sum* (a unit; where down adds items up by itself, all units of a row tile): the block that
 // has the sum's first quantum adds up, the others leave theirs in `carry`. Row tiles of V are cut likewise, come first,
-// and are weighed against the line.
+// and are weighed against the line. One warp describes a block's parts in shared memory, 32 ahead of their turn, so that
+// the others have nothing to work out.
 #pragma once
 #include "tile.cuh"
 
@@ -35,7 +36,7 @@ struct Params {
   int add_items;         // down: a block adds up the items of a row tile
 };
 
-using Items = Table<TOKENS, MILO_PAIRS, MILO_EXPERTS>;
+using Items = Table<TOKENS, MILO_PAIRS>;
 
 // Counters of a launch. Kernels zero each other's, so that no launch is spent on it.
 constexpr int MAX_BLOCKS = 1024;
@@ -46,16 +47,43 @@ struct Counters {
 };
 static_assert(sizeof(Counters) <= MILO_COUNTER_BYTES, "the host allocates less");
 
+constexpr int ALONE = 4;  // steps of U that the last warp does by itself; of more, every warp takes its share
+
+// One part of a block's work.
+struct alignas(16) Part {
+  u32 tile, meta;            // its first tile, and the row tile's first metadata record, in their matrix
+  short first, last;         // tiles of K
+  short item, group;         // group: the row tile
+  short begin, count;        // of the item's pairs
+  short split, u_steps;      // split: the run of K of V x, or -1; u_steps: of U that are due with this part
+  int from, to;              // quanta of the line (V: none)
+
+  __device__ __forceinline__ bool is_v() const { return split >= 0; }
+
+  // This warp's tiles. One that adds U by itself has fewer.
+  __device__ __forceinline__ int share(int warp) const {
+    const int alone = u_steps && u_steps <= ALONE ? u_steps + 1 : 0;
+    return min(first + static_cast<int>(static_cast<u32>((last - first + alone) * warp) / WARPS), static_cast<int>(last));
+  }
+};
+static_assert(sizeof(Part) == 32);
+
 constexpr int ADDED_TOKENS = 8, ADDED_PAIRS = 128;  // at most, where a block adds items up
 constexpr int RING_BYTES = WARPS * STAGES * STAGE_BYTES;
 constexpr int REDUCE_BYTES = WARPS * SLICE * 4;
 static_assert(REDUCE_BYTES >= MILO_EXPERTS * 8, "routing borrows the reduction's memory for two words an expert");
-constexpr int ALONE = 4;  // steps of U that the last warp does by itself; of more, every warp takes its share
+
+// What a block does: the first `v_parts` of its `parts` are V's.
+struct Stretch {
+  int start, end, first_unit, v_parts, parts;
+};
 
 struct Scratch {
-  Items items;
+  Part parts[2 * WARP];              // a queue
   float weights[ADDED_PAIRS];        // the router's, of pairs
   float sums[ADDED_TOKENS * 64];     // of a row tile
+  Stretch stretch;
+  Items items;
 };
 static_assert(RING_BYTES + REDUCE_BYTES + sizeof(Scratch) <= MILO_SHARED_BYTES, "the host allocates less");
 
@@ -68,18 +96,16 @@ __device__ __forceinline__ Counters& counters(const Params& p) { return *reinter
 
 // Where every block's stretch of the line begins, in quanta.
 struct Cut {
-  int base, extra, v_base, v_extra, v_cost, total;
+  int base, extra, v_base, v_extra, v_cost;
 
   __device__ __forceinline__ explicit Cut(const Params& p) {
     const int blocks = gridDim.x, v_parts = items().v_tiles() * p.compensator.t_splits;
-    total = items().items * p.row_tiles * p.quanta;
-    v_base = v_parts / blocks, v_extra = v_parts - v_base * blocks;
-    v_cost = p.v_cost;
-    const int all = total + v_parts * v_cost;
-    base = all / blocks, extra = all - base * blocks;
+    const int total = items().items * p.row_tiles * p.quanta;
+    const Quotient v = divide(v_parts, blocks), all = divide(total + v_parts * p.v_cost, blocks);
+    v_base = v.q, v_extra = v.r, v_cost = p.v_cost, base = all.q, extra = all.r;
     if (base < v_cost * (v_base + 1)) {  // some block would have V alone and more than its share of it
-      v_cost = 0;
-      base = total / blocks, extra = total - base * blocks;
+      const Quotient plain = divide(total, blocks);
+      v_cost = 0, base = plain.q, extra = plain.r;
     }
   }
   __device__ __forceinline__ int operator()(int block) const {
@@ -87,69 +113,70 @@ struct Cut {
   }
 };
 
-// One part of a block's work.
-struct Part {
-  bool is_v;
-  int item, group, split;  // group: the row tile
-  int from, to;            // quanta of the line (V: none)
-  int first, last;         // tiles of K
-  int u_steps;             // that are due with this part
+// One warp: what this block does. All items are known.
+__device__ __forceinline__ void plan_stretch(const Params& p) {
+  const Cut cut(p);
+  Stretch s;
+  s.start = cut(blockIdx.x), s.end = cut(blockIdx.x + 1);
+  s.first_unit = divide(s.start, p.quanta).q;
+  s.v_parts = cut.v_base + (static_cast<int>(blockIdx.x) < cut.v_extra);
+  s.parts = s.v_parts + (s.end > s.start ? divide(s.end - 1, p.quanta).q - s.first_unit + 1 : 0);
+  scratch().stretch = s;  // every lane the same
+  __syncwarp();
+}
 
-  // This warp's tiles. One that adds U by itself has fewer.
-  __device__ __forceinline__ int share(int warp) const {
-    const int alone = u_steps && u_steps <= ALONE ? u_steps + 1 : 0;
-    return min(first + divide((last - first + alone) * warp, WARPS).q, last);
-  }
-};
-
-// The parts of this block in their order.
-struct Walk {
-  int v, at, end;
-
-  __device__ __forceinline__ explicit Walk(const Cut& cut)
-      : v(blockIdx.x), at(cut(blockIdx.x)), end(cut(blockIdx.x + 1)) {}
-
-  template <bool ITEM_FIRST>
-  __device__ __forceinline__ bool next(const Params& p, Part& part) {
-    const int splits = p.compensator.t_splits, n = items().items;
-    if (v < items().v_tiles() * splits) {
-      const Quotient tile = divide(v, splits);
-      int low = 0, high = n - 1;  // the first item whose V ends beyond this tile
-      while (low < high) {
-        const int middle = (low + high) / 2;
-        if (items().v_end[middle] > tile.q) high = middle; else low = middle + 1;
+// One warp, a lane a part: the parts from `base` on into the queue.
+template <bool ITEM_FIRST>
+__device__ __forceinline__ void describe(const Params& p, int base) {
+  const Stretch& s = scratch().stretch;
+  const int at = base + threadIdx.x % WARP, n = items().items;
+  if (at < s.parts) {
+    Part part;
+    part.from = part.to = part.u_steps = 0;
+    part.split = -1;
+    const Matrix& m = at < s.v_parts ? p.v : p.weights;
+    int number, pieces, low, high, row_tile;  // run of K from low / pieces to high / pieces
+    if (at < s.v_parts) {
+      const Quotient tile = divide(blockIdx.x + at * gridDim.x, p.compensator.t_splits);
+      int first = 0, last = n - 1;  // the first item whose V ends beyond this tile
+#pragma unroll 1
+      while (first < last) {
+        const int middle = (first + last) / 2;
+        if (items().v_end[middle] > tile.q) last = middle; else first = middle + 1;
       }
-      part.is_v = true, part.item = low, part.split = tile.r;
-      part.group = tile.q - (low ? items().v_end[low - 1] : 0);
-      part.from = part.to = part.u_steps = 0;
-      part.first = divide(p.v.ktiles * tile.r, splits).q;
-      part.last = divide(p.v.ktiles * (tile.r + 1), splits).q;
-      v += gridDim.x;
-      return true;
+      number = first;
+      part.group = static_cast<short>(tile.q - (first ? items().v_end[first - 1] : 0));
+      part.split = static_cast<short>(tile.r);
+      pieces = p.compensator.t_splits, low = tile.r, high = low + 1;
+      row_tile = __ldg(&p.compensator.table[items().expert[number]].x) + part.group;
+    } else {
+      const int unit = s.first_unit + at - s.v_parts;
+      const Quotient place = divide(unit, ITEM_FIRST ? n : p.row_tiles);
+      number = ITEM_FIRST ? place.r : place.q;
+      part.group = static_cast<short>(ITEM_FIRST ? place.q : place.r);
+      part.from = max(s.start, unit * p.quanta), part.to = min(s.end, (unit + 1) * p.quanta);
+      pieces = p.quanta, low = part.from - unit * p.quanta, high = part.to - unit * p.quanta;
+      if (low == 0) part.u_steps = items().u_steps[number];
+      row_tile = items().expert[number] * p.row_tiles + part.group;
     }
-    if (at >= end) return false;
-    const Quotient unit = divide(at, p.quanta), place = divide(unit.q, ITEM_FIRST ? n : p.row_tiles);
-    const int run = min(p.quanta - unit.r, end - at);
-    part.is_v = false, part.split = 0;
-    part.item = ITEM_FIRST ? place.r : place.q;
-    part.group = ITEM_FIRST ? place.q : place.r;
-    part.from = at, part.to = at + run;
-    part.first = divide(p.weights.ktiles * unit.r, p.quanta).q;
-    part.last = divide(p.weights.ktiles * (unit.r + run), p.quanta).q;
-    part.u_steps = part.first == 0 ? items().u_steps[part.item] : 0;
-    at += run;
-    return true;
+    const Item item = items()[number];
+    part.item = static_cast<short>(number);
+    part.begin = static_cast<short>(item.begin), part.count = static_cast<short>(item.count);
+    part.first = static_cast<short>(divide(m.ktiles * low, pieces).q);
+    part.last = static_cast<short>(divide(m.ktiles * high, pieces).q);
+    part.tile = static_cast<u32>(row_tile) * m.ktiles + part.first;
+    part.meta = static_cast<u32>(row_tile) * m.groups;
+    scratch().parts[at % (2 * WARP)] = part;
   }
-};
+}
 
 // Runs ahead of the computation by STAGES - 1 tiles, over the borders of parts.
-template <bool ITEM_FIRST>
 struct Producer {
   Loader load;
-  Walk walk;
-  int kt = 0, last = 0;  // last < 0: there is no more
+  int next = 0, known;       // the part that comes next; parts that are described so far
+  int kt = 0, last = 0;
 
-  __device__ __forceinline__ Producer(const Params& p, const Walk& start, int lane, int warp) : walk(start) {
+  __device__ __forceinline__ Producer(const Params& p, int lane, int warp) : known(min(WARP, scratch().stretch.parts)) {
     load.policy = evict_first();
     load.in_features = p.in_features;
     load.activation = reinterpret_cast<const char*>(p.x);
@@ -160,30 +187,25 @@ struct Producer {
   // Whether there is a tile for this warp; if the part has none left, in the parts that follow.
   __device__ __forceinline__ bool find(const Params& p) {
     if (kt < last) return true;
-    if (last < 0) return false;
     const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
-    Part part;
-    do {
-      if (!walk.next<ITEM_FIRST>(p, part)) {
-        last = -1;
-        return false;
-      }
+#pragma unroll 1
+    while (next < known) {
+      const Part part = scratch().parts[next++ % (2 * WARP)];
       kt = part.share(warp), last = part.share(warp + 1);
-    } while (kt >= last);
-    const Item item = items()[part.item];
-    const Matrix& m = part.is_v ? p.v : p.weights;
-    long long row_tile = static_cast<long long>(item.expert) * p.row_tiles + part.group;
-    if (part.is_v) row_tile = __ldg(&p.compensator.table[item.expert].x) + part.group;
-    load.codes = m.codes + (row_tile * m.ktiles + kt) * CODE_BYTES + lane * 16;
-    load.meta = m.meta + row_tile * m.groups * META_BYTES + lane * 16;
-    load.meta_shift = m.meta_shift;
+      if (kt >= last) continue;
+      const Matrix& m = part.is_v() ? p.v : p.weights;
+      load.codes = m.codes + static_cast<u64>(part.tile + kt - part.first) * CODE_BYTES + lane * 16;
+      load.meta = m.meta + static_cast<u64>(part.meta) * META_BYTES + lane * 16;
+      load.meta_shift = m.meta_shift;
 #pragma unroll
-    for (int nt = 0; nt < NT; ++nt) {
-      const int n = min(nt * 8 + lane / 4, item.count - 1);
-      const int row = divide(items().pairs[item.begin + n], p.row_divisor).q;
-      load.x[nt] = 2 * static_cast<u32>(row * p.in_features + kt * 64 + lane % 4 * 8);
+      for (int nt = 0; nt < NT; ++nt) {
+        const int n = min(nt * 8 + lane / 4, part.count - 1);
+        const u32 row = items().rows[part.begin + n];
+        load.x[nt] = 2 * (row * p.in_features + kt * 64 + lane % 4 * 8);
+      }
+      return true;
     }
-    return true;
+    return false;
   }
   // One tile into the slot of the ring that begins at `slot`.
   __device__ __forceinline__ void step(const Params& p, u32 slot) {
