@@ -230,9 +230,24 @@ inline int load_acquire(const int* p) { return *p; }
 inline void wait_until(const int* counter, int value) {
   while (*counter < value) emulator::give_way();
 }
-inline void block_add(int* counter) {
-  __syncthreads();
-  if (threadIdx.x == 0) atomicAdd(counter, 1);
+inline void warp_add(int* counter) {
+  __syncwarp();
+  if (threadIdx.x % WARP == 0) atomicAdd(counter, 1);
+}
+inline void __threadfence_block() { emulator::give_way(); }  // readers spin on it
+
+using Barrier = u64;  // arrivals a phase, arrivals so far, phases
+inline void barrier_init(Barrier* b, int count) { *b = static_cast<u64>(count) << 48; }
+inline void warp_arrive(Barrier* b) {
+  __syncwarp();
+  if (threadIdx.x % WARP) return;
+  ++*b;
+  if ((*b & 0xffff) == *b >> 48) *b = (*b & ~0xffffull) + 0x10000;
+}
+inline void wait_phase(Barrier* b, int phase) {
+  const u32 mine = phase;
+  if ((*b >> 16 & 0xffffffff) > mine + 1) std::fprintf(stderr, "a warp is phases behind\n"), std::exit(6);
+  while ((*b >> 16 & 0xffffffff) <= mine) emulator::give_way();
 }
 
 template <bool B16>

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 ADDED_TOKENS = 8  # up to so many (and so many choices) a block of `down` adds up a row tile's items by itself
 ADDED_PAIRS = 128
 MAX_V_SPLITS = 4  # runs of K in which V x is computed
-_QUEUE = 64 * 32 + 64  # bytes of a block's queue of parts, and what goes with it
+_QUEUE = 64 * 32 + 96  # bytes of a block's queue of parts, and what goes with it
 _RESERVED = 1024  # bytes of shared memory that a block takes beyond its own
 
 
@@ -47,7 +47,8 @@ class Config:
         """Shared memory of a block: the warps' rings, the reduction, the routing table, the queue, a row tile's sums."""
         ring = self.warps * self.stages * (bits * 512 + halves * 256 + self.token_tiles * 1024)
         table = 4 * self.pairs + 8 * (self.pairs + self.pairs // self.tokens)
-        return ring + self.warps * self.tokens * 256 + table + 4 * ADDED_PAIRS + 256 * ADDED_TOKENS + _QUEUE
+        buffers = 2 if self.token_tiles == 1 else 1
+        return ring + buffers * self.warps * self.tokens * 256 + table + 4 * ADDED_PAIRS + 256 * ADDED_TOKENS + _QUEUE
 
 
 CONFIGS = (Config(1, 8, 3, 2, 512), Config(2, 8, 2, 2), Config(3, 12, 2, 1), Config(4, 8, 3, 1))

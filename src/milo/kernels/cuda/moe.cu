@@ -25,56 +25,63 @@ __device__ __forceinline__ float activate(int kind, float g) {
   return 0.5f * g * (1 + erff(0.7071067811865476f * g));
 }
 
-// Calls `f(token of the item, row)` for rows 0 .. 32 * RUNS - 1, 32 rows a warp and turn.
+// One warp. Calls `f(token of the item, row)` for rows 0 .. 32 * RUNS - 1, 32 of them at a time.
 template <int RUNS, typename F>
 __device__ __forceinline__ void for_rows(int count, F f) {
 #pragma unroll 1
-  for (int turn = threadIdx.x / WARP; turn < RUNS * count; turn += WARPS) {
-    f(turn / RUNS, turn % RUNS * 32 + static_cast<int>(threadIdx.x % WARP));
-  }
+  for (int turn = 0; turn < RUNS * count; ++turn) f(turn / RUNS, turn % RUNS * 32 + static_cast<int>(threadIdx.x % WARP));
 }
 
-// The blocks behind this one whose sums belong to the stretch of the line that ends at `end`.
+// The blocks behind this one whose sums belong to the stretch of the line that ends at `end`. Their counters are looked
+// at, and their sums read, all at once: each is a trip to L2.
 struct Carriers {
   Cut cut;
   int end;
 
   __device__ __forceinline__ Carriers(const Params& p, int sum_end) : cut(p), end(blockIdx.x + 1) {
+#pragma unroll 1
     while (end < static_cast<int>(gridDim.x) && cut(end) < sum_end) ++end;
 #pragma unroll 1
-    for (int b = blockIdx.x + 1; b < end; ++b) {
-      if (cut(b) < cut(b + 1)) wait_until(counters(p).carried + b, 1);  // a block may have V alone
+    for (int b = blockIdx.x + 1 + threadIdx.x % WARP; b < end; b += WARP) {
+      if (carries(b)) wait_until(counters(p).carried + b, 1);
     }
+    __syncwarp();
   }
-
+  __device__ __forceinline__ bool carries(int block) const {  // one may have V alone
+    return block < end && cut(block) < cut(block + 1);
+  }
   __device__ __forceinline__ float sum(const Params& p, int at) const {
     float total = 0;
 #pragma unroll 1
-    for (int b = blockIdx.x + 1; b < end; ++b) {
-      if (cut(b) < cut(b + 1)) total += __ldcg(p.carry + static_cast<long long>(b) * SLICE + at);
+    for (int b = blockIdx.x + 1; b < end; b += 8) {
+      float v[8];
+#pragma unroll
+      for (int i = 0; i < 8; ++i) v[i] = carries(b + i) ? __ldcg(p.carry + static_cast<long long>(b + i) * SLICE + at) : 0;
+#pragma unroll
+      for (int i = 0; i < 8; ++i) total += v[i];
     }
     return total;
   }
 };
 
-__device__ __forceinline__ void write_v(const Params& p, const Part& part) {
+__device__ __forceinline__ void write_v(const Params& p, const Part& part, const float* slices) {
   for_rows<2>(part.count, [&](int n, int row) {
     const long long pair = items().pairs[part.begin + n];
     const long long at = (part.split * static_cast<long long>(p.routing.pairs) + pair) * p.compensator.t_stride;
-    __stcg(p.compensator.t + at + part.group * 64 + row, gather(reduction(), n, row));
+    __stcg(p.compensator.t + at + part.group * 64 + row, gather(slices, n, row));
   });
-  block_add(counters(p).v_done + part.item);
+  warp_add(counters(p).v_done + part.item);
 }
 
 // The beginning of a unit, complete by `rest(n, row)`, to h (PARTS = 2) or to `partial`.
 template <int PARTS, typename Rest>
-__device__ __forceinline__ void write_unit(const Params& p, const Part& part, Rest rest) {
+__device__ __forceinline__ void write_unit(const Params& p, const Part& part, const float* slices, Rest rest) {
   constexpr int RUN = 64 / PARTS;  // results of a row tile
   for_rows<RUN / 32>(part.count, [&](int n, int row) {
     const long long pair = items().pairs[part.begin + n];
-    const float one = gather(reduction(), n, row) + rest(n, row);
+    const float one = gather(slices, n, row) + rest(n, row);
     if constexpr (PARTS == 2) {
-      const float up = gather(reduction(), n, row + 32) + rest(n, row + 32);
+      const float up = gather(slices, n, row + 32) + rest(n, row + 32);
       const int column = part.group * RUN + row;
       static_cast<u16*>(p.out)[pair * p.rows + column] = round_to_16<B16>(activate(p.activation, one) * up);
     } else {
@@ -85,31 +92,24 @@ __device__ __forceinline__ void write_unit(const Params& p, const Part& part, Re
 
 // A unit or a piece of one.
 template <int PARTS>
-__device__ __forceinline__ void write(const Params& p, const Part& part) {
+__device__ __forceinline__ void write(const Params& p, const Part& part, const float* slices) {
   if (part.first != 0) {
     float* carry = p.carry + static_cast<long long>(blockIdx.x) * SLICE;
-    for_rows<2>(part.count, [&](int n, int row) { __stcg(carry + n * 64 + row, gather(reduction(), n, row)); });
-    block_add(counters(p).carried + blockIdx.x);
+    for_rows<2>(part.count, [&](int n, int row) { __stcg(carry + n * 64 + row, gather(slices, n, row)); });
+    warp_add(counters(p).carried + blockIdx.x);
   } else if (part.last == p.weights.ktiles) {
-    write_unit<PARTS>(p, part, [](int, int) { return 0.0f; });
+    write_unit<PARTS>(p, part, slices, [](int, int) { return 0.0f; });
   } else {
     const Carriers carriers(p, part.from + p.quanta);
-    write_unit<PARTS>(p, part, [&](int n, int row) { return carriers.sum(p, n * 64 + row); });
+    write_unit<PARTS>(p, part, slices, [&](int n, int row) { return carriers.sum(p, n * 64 + row); });
   }
 }
 
 // A unit or a piece of one, times the router's weights, to the sums of its row tile.
-__device__ __forceinline__ void add_item(const Params& p, const Part& part) {
+__device__ __forceinline__ void add_item(const Params& p, const Part& part, const float* slices) {
   const short* pairs = items().pairs + part.begin;
   for_rows<2>(part.count, [&](int n, int row) {
-    const int token = divide(pairs[n], p.topk).q;
-    if (n && divide(pairs[n - 1], p.topk).q == token) return;  // chose the expert twice: added with the first
-    float sum = 0;
-#pragma unroll 1
-    for (int m = n; m < part.count && divide(pairs[m], p.topk).q == token; ++m) {
-      sum += scratch().weights[pairs[m]] * gather(reduction(), m, row);
-    }
-    scratch().sums[token * 64 + row] += sum;
+    scratch().sums[divide(pairs[n], p.topk).q * 64 + row] += scratch().weights[pairs[n]] * gather(slices, n, row);
   });
 }
 
@@ -117,7 +117,7 @@ __device__ __forceinline__ void add_item(const Params& p, const Part& part) {
 template <typename Rest>
 __device__ __forceinline__ void write_y(const Params& p, int group, Rest rest) {
 #pragma unroll 1
-  for (int i = threadIdx.x; i < p.tokens * 64; i += THREADS) {
+  for (int i = threadIdx.x % WARP; i < p.tokens * 64; i += WARP) {
     const int column = group * 64 + i % 64;
     if (column < p.rows) {
       const float y = scratch().sums[i] + rest(i) + bias(p, column);
@@ -126,20 +126,36 @@ __device__ __forceinline__ void write_y(const Params& p, int group, Rest rest) {
   }
 }
 
-// The sums of a row tile, of which this block has the beginning (`begins`) and the end, or not.
-__device__ __forceinline__ void write_sums(const Params& p, const Part& part, bool begins, bool ends) {
-  __syncthreads();
-  if (!begins) {
-    float* carry = p.carry + static_cast<long long>(blockIdx.x) * SLICE;
+// Down, a unit or a piece of one: to the sums of its row tile, and these, if they are all that this block has of them,
+// to y or to `carry`. Warps take turns, and a part's turn begins when the last part's has ended.
+__device__ __forceinline__ void add(const Params& p, const Part& part, const float* slices, int number) {
+  const Stretch& s = scratch().stretch;
+  const int turn = number - s.v_parts, lane = threadIdx.x % WARP;
+  if (turn) wait_phase(&scratch().added, turn - 1);
+  const bool starts = part.item == 0 && part.first == 0;  // the row tile's sums, not just this block's share
+  if (!turn || starts) {
 #pragma unroll 1
-    for (int i = threadIdx.x; i < p.tokens * 64; i += THREADS) __stcg(carry + i, scratch().sums[i]);
-    block_add(counters(p).carried + blockIdx.x);
-  } else if (ends) {
-    write_y(p, part.group, [](int) { return 0.0f; });
-  } else {
-    const Carriers carriers(p, (part.group + 1) * items().items * p.quanta);
-    write_y(p, part.group, [&](int i) { return carriers.sum(p, i); });
+    for (int i = lane; i < p.tokens * 64; i += WARP) scratch().sums[i] = 0;
+    __syncwarp();
   }
+  add_item(p, part, slices);
+  __syncwarp();
+  const bool ends = part.item == items().items - 1 && part.last == p.weights.ktiles;
+  if (ends || number == s.parts - 1) {
+    const int length = items().items * p.quanta;
+    if (s.start > part.group * length) {
+      float* carry = p.carry + static_cast<long long>(blockIdx.x) * SLICE;
+#pragma unroll 1
+      for (int i = lane; i < p.tokens * 64; i += WARP) __stcg(carry + i, scratch().sums[i]);
+      warp_add(counters(p).carried + blockIdx.x);
+    } else if (ends) {
+      write_y(p, part.group, [](int) { return 0.0f; });
+    } else {
+      const Carriers carriers(p, (part.group + 1) * length);
+      write_y(p, part.group, [&](int i) { return carriers.sum(p, i); });
+    }
+  }
+  warp_arrive(&scratch().added);
 }
 
 // What the block does, and the first of its parts. All that must come from memory is asked for at the same time.
@@ -174,12 +190,20 @@ __device__ __forceinline__ void prepare(const Params& p) {
   }
   __syncthreads();
   if (warp == 0) {
+    if (lane == 0) {
+      for (int b = 0; b < BUFFERS; ++b) barrier_init(&scratch().full[b], WARPS), barrier_init(&scratch().empty[b], 1);
+      barrier_init(&scratch().added, 1);
+    }
     items().add_compensators(compensated ? sizes : nullptr);
     plan_stretch(p);
     describe<ITEM_FIRST>(p, 0);
   }
   __syncthreads();
 }
+
+// Warps are at most BUFFERS parts apart: from this part on nobody reads the queue's older half.
+constexpr int LAG = 8;
+static_assert(LAG > BUFFERS);
 
 template <int PARTS>
 __device__ __forceinline__ void work(const Params& p) {
@@ -196,14 +220,14 @@ __device__ __forceinline__ void work(const Params& p) {
   u32 slot = 0, refill = END - STAGE_BYTES;  // the ring's slots that are read and filled next
   const u32 meta_at = producer.load.mine - lane * 16 + CODE_BYTES + lane / 4 * 32;
   const int parts = scratch().stretch.parts;
-  bool fresh = true, begins = false;  // down: the sums are to be begun; this block has the beginning of theirs
 #pragma unroll 1
   for (int number = 0; number < parts; ++number) {
+    while (!is_known(number)) {}
     const Part part = scratch().parts[number % (2 * WARP)];
     Accumulators total = {};
-    const int tiles = (part.count + 7) / 8;
+    const int tiles = (part.count + 7) / 8, place = place_in(number);
 #pragma unroll 1
-    for (int left = part.share(warp + 1) - part.share(warp); left > 0; --left) {
+    for (int left = part.share(place + 1) - part.share(place); left > 0; --left) {
       copy_wait<STAGES - 2>();
       __syncwarp();  // metadata were copied by other lanes; and all are done with the slot that is refilled next
       producer.step(p, refill);
@@ -211,31 +235,27 @@ __device__ __forceinline__ void work(const Params& p) {
       refill = slot;
       slot = slot == END - STAGE_BYTES ? 0 : slot + STAGE_BYTES;
     }
-    if (part.u_steps > ALONE || (part.u_steps && warp == WARPS - 1)) {
+    if (part.u_steps > ALONE || (part.u_steps && place == WARPS - 1)) {
       const bool alone = part.u_steps <= ALONE;
-      add_factors<PARTS>(p, part, alone ? 0 : warp, alone ? 1 : WARPS, total);
+      add_factors<PARTS>(p, part, alone ? 0 : place, alone ? 1 : WARPS, total);
     }
-    __syncthreads();  // the last part's sums have been read
-    spread(total, 1.0f / (1 << P<B16, BITS>), reduction() + warp * SLICE);
-    if (number % WARP == 0) {  // the queue's older half is free
-      if (warp == 0) describe<ITEM_FIRST>(p, number + WARP);
-      producer.known = min(number + 2 * WARP, parts);
-    }
-    if (PARTS == 1 && p.add_items && fresh && !part.is_v()) {
-#pragma unroll 1
-      for (int i = threadIdx.x; i < p.tokens * 64; i += THREADS) scratch().sums[i] = 0;
-      begins = part.item == 0 && part.first == 0;
-    }
-    __syncthreads();
-    if (part.is_v()) {
-      write_v(p, part);
-    } else if (PARTS == 1 && p.add_items) {
-      add_item(p, part);
-      const bool ends = part.item == items().items - 1 && part.last == p.weights.ktiles;
-      fresh = ends || number == parts - 1;
-      if (fresh) write_sums(p, part, begins, ends);
-    } else {
-      write<PARTS>(p, part);
+    // Nobody waits for the other warps but the one whose turn it is to add the slices up.
+    const int buffer = number % BUFFERS, phase = number / BUFFERS;
+    float* slices = reduction() + buffer * WARPS * SLICE;
+    if (phase) wait_phase(&scratch().empty[buffer], phase - 1);
+    spread(total, 1.0f / (1 << P<B16, BITS>), slices + warp * SLICE);
+    warp_arrive(&scratch().full[buffer]);
+    if (warp == 0 && number % WARP == LAG) describe<ITEM_FIRST>(p, number - LAG + WARP);
+    if (place == 0) {
+      wait_phase(&scratch().full[buffer], phase);
+      if (part.is_v()) {
+        write_v(p, part, slices);
+      } else if (PARTS == 1 && p.add_items) {
+        add(p, part, slices, number);
+      } else {
+        write<PARTS>(p, part, slices);
+      }
+      warp_arrive(&scratch().empty[buffer]);
     }
   }
   copy_wait<0>();

@@ -66,11 +66,34 @@ __device__ __forceinline__ void wait_until(const int* counter, int value) {
   while (load_acquire(counter) < value) __nanosleep(20);
 }
 
-// All threads of the block: what they wrote before is visible to whoever sees the counter go up.
-__device__ __forceinline__ void block_add(int* counter) {
+// All threads of the warp: what they wrote before is visible to whoever sees the counter go up.
+__device__ __forceinline__ void warp_add(int* counter) {
   __threadfence();
-  __syncthreads();
-  if (threadIdx.x == 0) atomicAdd(counter, 1);
+  __syncwarp();
+  if (threadIdx.x % WARP == 0) atomicAdd(counter, 1);
+}
+
+// Barriers in shared memory, on which a warp may arrive without waiting. `count` arrivals end a phase; phases are
+// numbered from 0, and a warp is never more than one phase behind.
+using Barrier = u64;
+
+__device__ __forceinline__ void barrier_init(Barrier* b, int count) {
+  asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(shared_address(b)), "r"(count) : "memory");
+}
+__device__ __forceinline__ void warp_arrive(Barrier* b) {  // what all lanes did before counts as done
+  __syncwarp();
+  if (threadIdx.x % WARP == 0) {
+    asm volatile("{ .reg .b64 t; mbarrier.arrive.shared.b64 t, [%0]; }" ::"r"(shared_address(b)) : "memory");
+  }
+}
+__device__ __forceinline__ void wait_phase(Barrier* b, int phase) {
+  u32 done;
+  do {
+    asm volatile("{ .reg .pred p; mbarrier.test_wait.parity.shared.b64 p, [%1], %2; selp.u32 %0, 1, 0, p; }"
+                 : "=r"(done)
+                 : "r"(shared_address(b)), "r"(phase & 1)
+                 : "memory");
+  } while (!done);
 }
 
 // D += A * B, 16x8x16, fp32 accumulators; operands are fp16, or bf16 where B16 is set.

@@ -152,7 +152,8 @@ __device__ __forceinline__ void multiply_tile(u32 at, u32 meta_at, int tiles, Ac
 // Where the sum for a token and a row stands in a slice of the reduction: without bank conflicts for those who spread
 // accumulators and for those who gather rows.
 __device__ __forceinline__ int place(int token, int row) { return token * 64 + (row ^ (token / 2 % 4 * 8)); }
-constexpr int SLICE = TOKENS * 64;  // floats
+constexpr int SLICE = TOKENS * 64;            // floats
+constexpr int BUFFERS = NT == 1 ? 2 : 1;      // of slices: while one is added up, warps go on to the next part
 
 // This warp's accumulators, times `unit`, to its slice.
 __device__ __forceinline__ void spread(const Accumulators& total, float unit, float* slice) {

@@ -60,17 +60,21 @@ struct alignas(16) Part {
 
   __device__ __forceinline__ bool is_v() const { return split >= 0; }
 
-  // This warp's tiles. One that adds U by itself has fewer.
-  __device__ __forceinline__ int share(int warp) const {
+  // The first tile of the warp in this place; the warps change places from part to part, since some have a tile more.
+  // The last place adds U by itself and has fewer.
+  __device__ __forceinline__ int share(int place) const {
     const int alone = u_steps && u_steps <= ALONE ? u_steps + 1 : 0;
-    return min(first + static_cast<int>(static_cast<u32>((last - first + alone) * warp) / WARPS), static_cast<int>(last));
+    return min(first + static_cast<int>(static_cast<u32>((last - first + alone) * place) / WARPS), static_cast<int>(last));
   }
 };
 static_assert(sizeof(Part) == 32);
+__device__ __forceinline__ int place_in(int number) {
+  return static_cast<int>((threadIdx.x / WARP + static_cast<u32>(number)) % WARPS);
+}
 
 constexpr int ADDED_TOKENS = 8, ADDED_PAIRS = 128;  // at most, where a block adds items up
 constexpr int RING_BYTES = WARPS * STAGES * STAGE_BYTES;
-constexpr int REDUCE_BYTES = WARPS * SLICE * 4;
+constexpr int REDUCE_BYTES = BUFFERS * WARPS * SLICE * 4;
 static_assert(REDUCE_BYTES >= MILO_EXPERTS * 8, "routing borrows the reduction's memory for two words an expert");
 
 // What a block does: the first `v_parts` of its `parts` are V's.
@@ -83,6 +87,8 @@ struct Scratch {
   float weights[ADDED_PAIRS];        // the router's, of pairs
   float sums[ADDED_TOKENS * 64];     // of a row tile
   Stretch stretch;
+  int known;                         // parts that are in the queue, or were
+  Barrier full[BUFFERS], empty[BUFFERS], added;  // slices written; read; a part's sums added to the row tile's
   Items items;
 };
 static_assert(RING_BYTES + REDUCE_BYTES + sizeof(Scratch) <= MILO_SHARED_BYTES, "the host allocates less");
@@ -168,15 +174,25 @@ __device__ __forceinline__ void describe(const Params& p, int base) {
     part.meta = static_cast<u32>(row_tile) * m.groups;
     scratch().parts[at % (2 * WARP)] = part;
   }
+  __threadfence_block();
+  __syncwarp();
+  if (threadIdx.x % WARP == 0) *const_cast<volatile int*>(&scratch().known) = base + WARP;
+}
+
+// Whether the part `number` is in the queue by now.
+__device__ __forceinline__ bool is_known(int number) {
+  const bool known = number < *const_cast<volatile int*>(&scratch().known);
+  __threadfence_block();
+  return known;
 }
 
 // Runs ahead of the computation by STAGES - 1 tiles, over the borders of parts.
 struct Producer {
   Loader load;
-  int next = 0, known;       // the part that comes next; parts that are described so far
+  int next = 0;  // the part that comes next
   int kt = 0, last = 0;
 
-  __device__ __forceinline__ Producer(const Params& p, int lane, int warp) : known(min(WARP, scratch().stretch.parts)) {
+  __device__ __forceinline__ Producer(const Params& p, int lane, int warp) {
     load.policy = evict_first();
     load.in_features = p.in_features;
     load.activation = reinterpret_cast<const char*>(p.x);
@@ -187,11 +203,12 @@ struct Producer {
   // Whether there is a tile for this warp; if the part has none left, in the parts that follow.
   __device__ __forceinline__ bool find(const Params& p) {
     if (kt < last) return true;
-    const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
+    const int lane = threadIdx.x % WARP;
 #pragma unroll 1
-    while (next < known) {
+    while (next < scratch().stretch.parts && is_known(next)) {
+      const int place = place_in(next);
       const Part part = scratch().parts[next++ % (2 * WARP)];
-      kt = part.share(warp), last = part.share(warp + 1);
+      kt = part.share(place), last = part.share(place + 1);
       if (kt >= last) continue;
       const Matrix& m = part.is_v() ? p.v : p.weights;
       load.codes = m.codes + static_cast<u64>(part.tile + kt - part.first) * CODE_BYTES + lane * 16;
