@@ -70,4 +70,4 @@ def peak_bytes(plan: Plan, device: str = "cpu", workers: int | None = None) -> i
         device: where; each GPU has one item at a time.
         workers: CPU threads, all cores by default.
     """
-    return (workers or worker_count(device)) * max(piece_bytes(row) for row in plan.rows)
+    return (workers or worker_count(device)) * max(piece_bytes(row, device) for row in plan.rows)
