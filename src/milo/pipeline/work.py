@@ -188,10 +188,9 @@ def read_members(checkpoint: Checkpoint, group: Group, members: range, pinned: b
     return Stack(weight, scales, block[::-1] if group.transposed else block)
 
 
-def read_matrices(checkpoint: Checkpoint, group: Group) -> Iterator[torch.Tensor]:
-    """The matrices of a group one by one, `[N, K]`."""
-    for member in range(group.count):
-        yield read_members(checkpoint, group, range(member, member + 1)).on("cpu")[0]
+def read_matrix(checkpoint: Checkpoint, group: Group, member: int) -> torch.Tensor:
+    """One matrix of a group, `[N, K]`."""
+    return read_members(checkpoint, group, range(member, member + 1)).on("cpu")[0]
 
 
 def piece_bytes(row: Row, device: str = "cpu") -> int:
