@@ -296,7 +296,7 @@ def whitener(gram: torch.Tensor, shift: float, unit: bool) -> torch.Tensor:
     gram = gram.contiguous()
     width = gram.shape[-1]
     inverse = torch.empty_like(gram)
-    size = 64 if width <= 64 else WIDEST
+    size = 64 if width <= 64 else 128
     with torch.cuda.device_of(gram):
         kernels.whiten[(len(gram),)](gram, inverse, width, shift, SIZE=size, UNIT=unit, num_warps=size // 8)
     return inverse.mT
