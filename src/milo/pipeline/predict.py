@@ -99,7 +99,7 @@ def predict(source: Checkpoint, plan: Plan, devices: Sequence[str], workers: int
     largest = max(len(item.members) * prod(plan.by_name[item.row].shape) for item in items)
     on_gpu = device != "cpu"
     if on_gpu:  # PyTorch's page-locked buffers are powers of two
-        host = max(host_peak(), host_now() + (AHEAD + 1) * (1 << (2 * largest - 1).bit_length()))
+        host = max(host_peak(), host_now() + AHEAD * (1 << (2 * largest - 1).bit_length()))
         torch.cuda.empty_cache()  # what the trials took is not the run's
         torch.cuda.reset_peak_memory_stats(device)
     else:
