@@ -66,8 +66,8 @@ def compress_model(
     inventory, _ = inventory_of(model)
     by_name: dict[str, Site] = {}
 
-    def read(group: Group) -> list[torch.Tensor]:
-        return list(by_name[group.name].source(model))
+    def read(group: Group) -> Callable[[int], torch.Tensor]:
+        return by_name[group.name].source(model).__getitem__
 
     recipe = config.for_model(settings)
     blank = make_plan(inventory, replace(recipe, ranks="none"), settings, Evidence(lambda group: []))
