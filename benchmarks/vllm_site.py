@@ -33,7 +33,7 @@ ALONE = (  # vLLM's own pins; what these need in turn is in TOGETHER or on the m
     "vllm==0.26.0", "compressed-tensors==0.17.0", "xgrammar==0.2.1", "llguidance==1.7.0", "outlines_core==0.2.14",
     "lm-format-enforcer==0.11.3", "mistral_common", "humming-kernels==0.1.10", "pyelftools",
     "model-hosting-container-standards", "apache-tvm-ffi==0.1.10", "interegular", "loguru", "pydantic_extra_types",
-    "pycountry", "pydantic-settings", "sniffio",
+    "pycountry", "pydantic-settings", "sniffio", "jmespath",
 )  # fmt: skip
 TOGETHER = (
     "fastapi<0.137,>=0.133", "uvicorn", "starlette", "cachetools", "blake3", "pydantic>=2.12", "openai>=2",
@@ -45,7 +45,7 @@ FLASH_ATTENTION_3 = "vllm/vllm_flash_attn/_vllm_fa3_C.abi3.so"
 UNUSED = (  # other GPUs, other languages, data of other models; each was left out and vLLM still imported
     "vllm/vllm_flash_attn/_vllm_fa2_C.abi3.so", "vllm/third_party/deep_gemm", "vllm/third_party/fmha_sm100",
     "vllm/vllm-rs", "vllm/_qutlass_C.abi3.so", "xgrammar/lib", "xgrammar/include", "xgrammar/docs",
-    "mistral_common/data", "pycountry/locales", "tvm_ffi/lib/libtvm_ffi_testing.so",
+    "mistral_common/data", "pycountry/locales",
 )  # fmt: skip
 _MAGIC = struct.pack("<IHH", 0xBA55ED50, 1, 16)  # of a fat binary: magic, version, bytes of its header
 _PTX, _MACHINE_CODE = 1, 2
@@ -121,15 +121,15 @@ def unpack(wheels: Path, site: Path) -> None:
             file.extractall(site)
 
 
-def prune(site: Path) -> None:
-    """Remove what is not used, and other architectures' code from the rest."""
+def prune(site: Path, all_architectures: bool) -> None:
+    """Remove what is not used, and (unless they are wanted) other architectures' code from the rest."""
     for name in UNUSED:
         path = site / name
         if path.is_dir():
             shutil.rmtree(path)
         else:
             path.unlink(missing_ok=True)
-    for path in site.glob("vllm/**/*.so"):
+    for path in site.glob("vllm/**/*.so") if not all_architectures else ():
         keep_only(path, ARCHITECTURE)
     for path in site.rglob("*.so"):
         subprocess.run(["strip", "--strip-unneeded", str(path)], check=False, stderr=subprocess.DEVNULL)
@@ -138,7 +138,7 @@ def prune(site: Path) -> None:
 def pack(site: Path, out: Path, name: str, members: list[str], part_mb: int) -> None:
     """`members` of the site as `OUT/NAME.00`, ... of at most `part_mb` megabytes each."""
     tar = subprocess.Popen(["tar", "cf", "-", "-C", str(site), *members], stdout=subprocess.PIPE)
-    xz = subprocess.Popen(["xz", "-T0", "-6", "-c"], stdin=tar.stdout, stdout=subprocess.PIPE)
+    xz = subprocess.Popen(["xz", "-T0", "-9e", "-c"], stdin=tar.stdout, stdout=subprocess.PIPE)
     split = ["split", "-b", f"{part_mb}MB", "-d", "-", str(out / f"{name}.")]
     subprocess.run(split, stdin=xz.stdout, check=True)
     if tar.wait() or xz.wait():
@@ -150,6 +150,7 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--part-mb", type=int, default=60)
     parser.add_argument("--wheels", type=Path, help="folder of wheels that were downloaded before")
+    parser.add_argument("--all-architectures", action="store_true", help="leave the machine code as it is")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=options.out) as work:
@@ -158,7 +159,7 @@ def main() -> None:
             wheels.mkdir()
             download(wheels)
         unpack(wheels, site)
-        prune(site)
+        prune(site, options.all_architectures)
         pack(site, options.out, "fa3", [FLASH_ATTENTION_3], options.part_mb)
         (site / FLASH_ATTENTION_3).unlink()
         pack(site, options.out, "vllm", ["."], options.part_mb)
