@@ -1,10 +1,12 @@
 """Pack vLLM for a Hopper GPU machine that has PyTorch but no network: parts small enough to be carried one at a time.
 
-    python benchmarks/vllm_site.py OUT [--part-mb 60]        -> OUT/vllm.00 ... and OUT/fa3.00 ...
+    python benchmarks/vllm_site.py pack OUT [--part-mb 60]        -> OUT/vllm.00 ... and OUT/fa3.00 ...
 
-and there
+and there, in a checkout of MiLo,
 
-    cat vllm.* | xz -dc -T0 | tar xf - -C SITE; export PYTHONPATH=SITE
+    mkdir SITE; cat vllm.* | xz -dc -T0 | tar xf - -C SITE
+    python benchmarks/vllm_site.py register SITE                  MiLo's entry points, as if it were installed
+    export PYTHONPATH=$PWD/src:SITE
 
 The wheels of vLLM 0.26.0 and of what a plain PyTorch machine lacks hold a gigabyte, nearly all of it machine code for
 other GPUs and attention kernels that `--attention-backend TRITON_ATTN` does not use. In a shared object CUDA code
@@ -22,6 +24,7 @@ import struct
 import subprocess
 import sys
 import tempfile
+import tomllib
 import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -145,13 +148,20 @@ def pack(site: Path, out: Path, name: str, members: list[str], part_mb: int) -> 
         raise SystemExit(f"packing {name} failed")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("out", type=Path)
-    parser.add_argument("--part-mb", type=int, default=60)
-    parser.add_argument("--wheels", type=Path, help="folder of wheels that were downloaded before")
-    parser.add_argument("--all-architectures", action="store_true", help="leave the machine code as it is")
-    options = parser.parse_args()
+def register(site: Path, project: Path) -> None:
+    """Metadata of this checkout, from which vLLM learns of the plugin where nothing can be installed."""
+    about = tomllib.loads(project.read_text(encoding="utf-8"))["project"]
+    folder = site / f"{about['name'].replace('-', '_')}-{about['version']}.dist-info"
+    folder.mkdir(parents=True, exist_ok=True)
+    heading = f"Metadata-Version: 2.1\nName: {about['name']}\nVersion: {about['version']}\n"
+    (folder / "METADATA").write_text(heading, encoding="utf-8")
+    groups = {"console_scripts": about["scripts"], **about.get("entry-points", {})}
+    lines = [f"[{group}]\n" + "".join(f"{k} = {v}\n" for k, v in names.items()) for group, names in groups.items()]
+    (folder / "entry_points.txt").write_text("\n".join(lines), encoding="utf-8")
+
+
+def make(options: argparse.Namespace) -> None:
+    """Download, unpack, prune, pack."""
     options.out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=options.out) as work:
         site, wheels = Path(work) / "site", options.wheels or Path(work) / "wheels"
@@ -165,6 +175,24 @@ def main() -> None:
         pack(site, options.out, "vllm", ["."], options.part_mb)
     for part in sorted(options.out.glob("*.[0-9][0-9]")):
         print(f"{part.stat().st_size / 1e6:6.1f} MB  {part}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(required=True)
+    packing = commands.add_parser("pack")
+    packing.add_argument("out", type=Path)
+    packing.add_argument("--part-mb", type=int, default=60)
+    packing.add_argument("--wheels", type=Path, help="folder of wheels that were downloaded before")
+    packing.add_argument("--all-architectures", action="store_true", help="leave the machine code as it is")
+    packing.set_defaults(run=make)
+    registering = commands.add_parser("register")
+    registering.add_argument("site", type=Path)
+    registering.set_defaults(
+        run=lambda options: register(options.site, Path(__file__).parent.parent / "pyproject.toml")
+    )
+    options = parser.parse_args()
+    options.run(options)
 
 
 if __name__ == "__main__":
