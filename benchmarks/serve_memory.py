@@ -54,7 +54,7 @@ def rows_of(name: str, recipe: str) -> dict[str, Any]:
 
 def table(rows: list[dict[str, Any]]) -> str:
     """Markdown: bytes, and for each card how many of them are needed and how many tokens their cache holds."""
-    header = ["model", "bf16, GiB", "MiLo, GiB", "of that not compressed", "bits/weight", "cache a token, KiB", *CARDS]
+    header = ["model", "bf16, GiB", "MiLo, GiB", "not compressed of it", "bits/weight", "cache a token, KiB", *CARDS]
     lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
     for row in rows:
         cells = [
@@ -67,7 +67,7 @@ def table(rows: list[dict[str, Any]]) -> str:
         ]
         for card in CARDS:
             gpus, tokens = row["fits"].get(card, (0, 0))
-            cells.append(f"{gpus}: {tokens:,} tokens" if gpus else "more than 8")
+            cells.append(f"{gpus} × · {tokens // 1000:,}k" if gpus else "more than 8")
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
