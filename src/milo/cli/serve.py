@@ -1,4 +1,4 @@
-"""`milo serve`: `vllm serve` with the right defaults, after checking what can be checked in a second."""
+"""`milo serve`: `vllm serve` with the right defaults, after checking what can be known before a weight is read."""
 
 from __future__ import annotations
 

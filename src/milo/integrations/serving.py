@@ -1,7 +1,7 @@
 """Before `vllm serve` starts: is everything there, will the folder fit, and which options does it need.
 
 vLLM reads a model for minutes before it finds that something is missing, and then says so from inside a worker. What
-can be known from headers, package metadata and the cards' sizes is known here in a second. Only three of vLLM's own
+can be known from headers, package metadata and the cards' sizes is checked here first. Only three of vLLM's own
 defaults are wrong for a compressed folder, so only three options are added (`default_options`); whatever the user
 says stays as it is.
 """
