@@ -10,7 +10,7 @@
 | `bf16` | vLLM's own bf16 |
 | `int4` | GPTQ, group 128, symmetric, in vLLM's default kernels (for the experts Marlin) |
 | `int4-humming` | the same with `moe_backend=humming` |
-| `humming3` | `quantization=humming`: INT3, group 64, no zero point |
+| `humming3` | Humming's kernels: INT3, group 64, no zero point |
 
 All keep embedding, head and routers in bf16, whose dummy values are the same. Tokens are sampled at temperature 1, so
 that the sequences of a batch go different ways and touch different experts, as texts do. A decode step is the
@@ -56,13 +56,13 @@ GPTQ = {
     "modules_in_block_to_quantize": [ATTENTION],  # without it vLLM looks into the shards, and there are none
 }  # fmt: skip
 HUMMING3 = {"dtype": "int3", "group_size": 64, "ignore": ["mlp.gate", "block_sparse_moe.gate"]}
-FILLED = "dummy-filled"  # as in serve_worker.py, which imports vLLM
+FILLED, HUMMING = "dummy-filled", "humming3"  # as in serve_worker.py, which imports vLLM
 SYSTEMS: Mapping[str, Mapping[str, Any]] = {  # options of vllm.LLM
     "ours": {"load_format": "dummy"},
     "bf16": {"load_format": "dummy"},
     "int4": {"load_format": FILLED},
     "int4-humming": {"load_format": FILLED, "moe_backend": "humming"},
-    "humming3": {"load_format": FILLED, "quantization": "humming"},
+    "humming3": {"load_format": FILLED, "quantization": HUMMING},
 }
 ENVIRONMENT = {  # vLLM's own switches
     "VLLM_USE_FLASHINFER_SAMPLER": "0", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1",
@@ -73,7 +73,7 @@ ENVIRONMENT = {  # vLLM's own switches
 MIXTRAL_W2 = {0: 8, 1: 133, 2: 64, 3: 35, 4: 4, 6: 1, 7: 1, 9: 2, 10: 8}
 MIXTRAL_W13 = {0: 463, 1: 49}
 CONTEXT = 32  # tokens of a prompt before decoding
-CACHE_BYTES = 3 << 30
+CACHE_BYTES = 2 << 30
 
 
 def made_up_kurtosis(group: Group, seed: int = 0) -> list[float]:
@@ -151,6 +151,7 @@ def merge(old: list[dict[str, Any]], new: list[dict[str, Any]]) -> list[dict[str
 def run_child(options: argparse.Namespace) -> None:
     """One system: boot, say so, wait for leave, measure, leave a JSON file."""
     os.environ.update(ENVIRONMENT)
+    import serve_worker  # noqa: F401  (vLLM is to know its names)
     import torch
     import vllm
     from vllm import LLM, SamplingParams
