@@ -30,6 +30,8 @@ torch.cuda.is_available = lambda: True
 torch.cuda.device_count = lambda: 1
 torch.cuda.get_device_properties = lambda i: types.SimpleNamespace(name="Thing", total_memory=2**34, major=9, minor=0)
 from milo.cli.app import main
+from milo.kernels import decode
+decode.supports = lambda device, dtype: (True, "")
 main()
 """
 
@@ -125,12 +127,14 @@ def test_dry_run_prints_the_command_where_vllm_and_gpu_are_absent_too(
 
 
 @pytest.mark.usefixtures("gpu")
-@pytest.mark.parametrize("version", ["0.33.0", "0.260.0"])
+@pytest.mark.parametrize("version", ["0.25.1", "0.260.0", "unknown"])
 def test_another_vllm_is_refused(
     compressed_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, version: str
 ) -> None:
     install(tmp_path, version, monkeypatch)
-    assert f"vLLM {version} is not one that MiLo was tested with (0.26): `pip install" in refusal(compressed_folder)
+    assert f"vLLM {version} is not one that MiLo was tested with (0.26 to 0.26): `pip install" in refusal(
+        compressed_folder
+    )
 
 
 @pytest.mark.usefixtures("fake_vllm", "gpu")

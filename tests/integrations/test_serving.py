@@ -18,7 +18,7 @@ from milo.integrations import serving
 from milo.integrations.serving import Card, Weights, check_memory, default_options, given_options
 from milo.plan.plan import make_plan
 from milo.plan.ranks import Evidence
-from milo.plan.recipe import preset
+from milo.plan.recipe import custom_recipe, preset
 
 CARD = Card("Thing 16", 16 * 2**30, (9, 0))
 
@@ -162,3 +162,15 @@ def test_an_old_gpu_is_named_with_the_remedy(monkeypatch: pytest.MonkeyPatch) ->
     found = serving.missing([replace(CARD, name="Old", capability=(7, 5))])
     assert found[0] == "vLLM is not installed: `pip install 'milo-moe[vllm]'`"
     assert found[1] == "Old has compute capability 7.5, our kernels need 8.0: hide it with CUDA_VISIBLE_DEVICES"
+
+
+@pytest.mark.parametrize(("bits", "served"), [(3, True), (4, True), (6, True), (5, False)])
+def test_a_width_without_kernels_is_refused(bits: int, served: bool) -> None:
+    shapes, config = builders.mixtral()
+    inventory = take_inventory(builders.heads(shapes), config)
+    plan = make_plan(inventory, custom_recipe("rtn", config, bits=bits), config, Evidence(lambda group: []))
+    if served:
+        serving.check_kernels(plan)
+        return
+    with pytest.raises(MiloError, match=r"q_proj: codes of 5 bits .* by our kernels; compress with --bits 3 or 4"):
+        serving.check_kernels(plan)

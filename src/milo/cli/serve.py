@@ -14,7 +14,15 @@ from milo.checkpoint.hub import find_model
 from milo.cli.console import err, say
 from milo.cli.options import FolderArgument
 from milo.errors import MiloError
-from milo.integrations.serving import cards, check_memory, default_options, given_options, missing, weights
+from milo.integrations.serving import (
+    cards,
+    check_kernels,
+    check_memory,
+    default_options,
+    given_options,
+    missing,
+    weights,
+)
 
 _VLLM = "vllm.entrypoints.cli.main"  # what the `vllm` command runs; this way it is this interpreter's
 
@@ -28,6 +36,7 @@ def serve(
     if folder.startswith("-"):
         raise typer.BadParameter(f"{folder} stands where DIR should: milo serve DIR [options of vllm serve]")
     checkpoint = CompressedCheckpoint(find_model(folder))
+    check_kernels(checkpoint.plan)
     given = given_options(context.args)
     options = [*default_options(checkpoint, folder, given), *context.args]
     command = ["serve", str(checkpoint.folder), *options]

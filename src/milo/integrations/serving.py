@@ -21,15 +21,17 @@ from typing import Any
 
 import torch
 import yaml
+from packaging.version import InvalidVersion, Version
 
 from milo.checkpoint.compressed import CompressedCheckpoint
 from milo.checkpoint.inventory import TensorHead
 from milo.checkpoint.roles import LAYER_INDEX
 from milo.errors import DeviceError, MiloError
 from milo.format.matrix import DTYPE_BYTES
+from milo.kernels import decode, layout
 from milo.plan.plan import Plan
 
-VLLM_VERSIONS = ("0.26",)  # major.minor; the ones that loading tests run against
+OLDEST, NEWEST = (0, 26), (0, 26)  # vLLM's minor versions that loading tests have passed with
 PLUGIN = "milo"  # our name in vLLM's entry points
 PLUGIN_GROUP = "vllm.general_plugins"
 MIN_CAPABILITY = (8, 0)
@@ -207,9 +209,10 @@ def missing(present: Sequence[Card]) -> list[str]:
         found.append("vLLM is not installed: `pip install 'milo-moe[vllm]'`")
     else:
         version = vllm_version()
-        if not version.startswith(tuple(f"{each}." for each in VLLM_VERSIONS)):
+        if not _tested(version):
+            oldest, newest = (".".join(map(str, pair)) for pair in (OLDEST, NEWEST))
             found.append(
-                f"vLLM {version} is not one that MiLo was tested with ({', '.join(VLLM_VERSIONS)}): "
+                f"vLLM {version} is not one that MiLo was tested with ({oldest} to {newest}): "
                 f"`pip install 'milo-moe[vllm]'`"
             )
         if not any(each.name == PLUGIN for each in importlib.metadata.entry_points(group=PLUGIN_GROUP)):
@@ -223,6 +226,10 @@ def missing(present: Sequence[Card]) -> list[str]:
     if not present:
         cause = "this PyTorch is a CPU build" if torch.version.cuda is None else "PyTorch sees no CUDA device"
         found.append(f"no GPU: {cause}; `milo generate` runs without one")
+    elif torch.cuda.is_available():
+        runs, reason = decode.supports(torch.device("cuda"), torch.bfloat16)
+        if not runs:
+            found.append(f"our kernels do not run here: {reason}; `milo doctor` tells more")
     for card in present:
         if card.capability < MIN_CAPABILITY:
             is_, least = (".".join(map(str, pair)) for pair in (card.capability, MIN_CAPABILITY))
@@ -238,6 +245,31 @@ def vllm_version() -> str:
         return importlib.metadata.version("vllm")
     except importlib.metadata.PackageNotFoundError:
         return "of unknown version"
+
+
+def check_kernels(plan: Plan) -> None:
+    """Whether there are kernels for every matrix of the plan; vLLM has no slow path to fall back to.
+
+    Raises:
+        MiloError: there are none for one of them.
+    """
+    for row in plan.rows:
+        n, k = row.shape
+        whole = max(layout.TILE, row.encoding.group_size) if row.encoding.planes > 1 else 1  # the plugin pads to it
+        fits, reason = layout.supports(row.encoding, (n, k + -k % whole))
+        if not fits:
+            raise MiloError(
+                f"{row.name}: {reason} by our kernels; compress with --bits 3 or 4 and --factor int3 to serve it, or "
+                "use it in transformers as it is"
+            )
+
+
+def _tested(version: str) -> bool:
+    try:
+        release = Version(version).release
+    except InvalidVersion:
+        return False
+    return OLDEST <= (*release, 0)[:2] <= NEWEST
 
 
 def _text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
