@@ -50,17 +50,36 @@ struct Carriers {
   __device__ __forceinline__ bool carries(int block) const {  // one may have V alone
     return block < end && cut(block) < cut(block + 1);
   }
-  __device__ __forceinline__ float sum(const Params& p, int at) const {
-    float total = 0;
+  // Add what they have for `count` tokens to `sums`, where `at(token, row)` says.
+  template <typename At>
+  __device__ __forceinline__ void add(const Params& p, int count, float* sums, At at) const {
 #pragma unroll 1
-    for (int b = blockIdx.x + 1; b < end; b += 8) {
-      float v[8];
+    for (int first = threadIdx.x % WARP; first < count * 16; first += 4 * WARP) {  // four runs of four rows a lane
+      float4 total[4] = {};
+#pragma unroll 2
+      for (int b = blockIdx.x + 1; b < end; ++b) {
+        if (!carries(b)) continue;
+        const float4* from = reinterpret_cast<const float4*>(p.carry + static_cast<long long>(b) * SLICE);
+        float4 v[4] = {};
 #pragma unroll
-      for (int i = 0; i < 8; ++i) v[i] = carries(b + i) ? __ldcg(p.carry + static_cast<long long>(b + i) * SLICE + at) : 0;
+        for (int i = 0; i < 4; ++i) {
+          if (first + i * WARP < count * 16) v[i] = __ldcg(from + first + i * WARP);
+        }
 #pragma unroll
-      for (int i = 0; i < 8; ++i) total += v[i];
+        for (int i = 0; i < 4; ++i) {
+          total[i].x += v[i].x, total[i].y += v[i].y, total[i].z += v[i].z, total[i].w += v[i].w;
+        }
+      }
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const int run = first + i * WARP;
+        if (run < count * 16) {
+          float* to = sums + at(run / 16, run % 16 * 4);
+          to[0] += total[i].x, to[1] += total[i].y, to[2] += total[i].z, to[3] += total[i].w;
+        }
+      }
     }
-    return total;
+    __syncwarp();
   }
 };
 
@@ -73,15 +92,15 @@ __device__ __forceinline__ void write_v(const Params& p, const Part& part, const
   warp_add(counters(p).v_done + part.item);
 }
 
-// The beginning of a unit, complete by `rest(n, row)`, to h (PARTS = 2) or to `partial`.
-template <int PARTS, typename Rest>
-__device__ __forceinline__ void write_unit(const Params& p, const Part& part, const float* slices, Rest rest) {
+// A unit to h (PARTS = 2) or to `partial`.
+template <int PARTS>
+__device__ __forceinline__ void write_unit(const Params& p, const Part& part, const float* slices) {
   constexpr int RUN = 64 / PARTS;  // results of a row tile
   for_rows<RUN / 32>(part.count, [&](int n, int row) {
     const long long pair = items().pairs[part.begin + n];
-    const float one = gather(slices, n, row) + rest(n, row);
+    const float one = gather(slices, n, row);
     if constexpr (PARTS == 2) {
-      const float up = gather(slices, n, row + 32) + rest(n, row + 32);
+      const float up = gather(slices, n, row + 32);
       const int column = part.group * RUN + row;
       static_cast<u16*>(p.out)[pair * p.rows + column] = round_to_16<B16>(activate(p.activation, one) * up);
     } else {
@@ -92,17 +111,15 @@ __device__ __forceinline__ void write_unit(const Params& p, const Part& part, co
 
 // A unit or a piece of one.
 template <int PARTS>
-__device__ __forceinline__ void write(const Params& p, const Part& part, const float* slices) {
+__device__ __forceinline__ void write(const Params& p, const Part& part, float* slices) {
   if (part.first != 0) {
     float* carry = p.carry + static_cast<long long>(blockIdx.x) * SLICE;
     for_rows<2>(part.count, [&](int n, int row) { __stcg(carry + n * 64 + row, gather(slices, n, row)); });
     warp_add(counters(p).carried + blockIdx.x);
-  } else if (part.last == p.weights.ktiles) {
-    write_unit<PARTS>(p, part, slices, [](int, int) { return 0.0f; });
-  } else {
-    const Carriers carriers(p, part.from + p.quanta);
-    write_unit<PARTS>(p, part, slices, [&](int n, int row) { return carriers.sum(p, n * 64 + row); });
+    return;
   }
+  if (part.last != p.weights.ktiles) Carriers(p, part.from + p.quanta).add(p, part.count, slices, place);
+  write_unit<PARTS>(p, part, slices);
 }
 
 // A unit or a piece of one, times the router's weights, to the sums of its row tile.
@@ -113,14 +130,13 @@ __device__ __forceinline__ void add_item(const Params& p, const Part& part, cons
   });
 }
 
-// The sums of a row tile to y, complete by `rest(index)`.
-template <typename Rest>
-__device__ __forceinline__ void write_y(const Params& p, int group, Rest rest) {
+// The sums of a row tile to y.
+__device__ __forceinline__ void write_y(const Params& p, int group) {
 #pragma unroll 1
   for (int i = threadIdx.x % WARP; i < p.tokens * 64; i += WARP) {
     const int column = group * 64 + i % 64;
     if (column < p.rows) {
-      const float y = scratch().sums[i] + rest(i) + bias(p, column);
+      const float y = scratch().sums[i] + bias(p, column);
       static_cast<u16*>(p.out)[static_cast<long long>(i / 64) * p.rows + column] = round_to_16<B16>(y);
     }
   }
@@ -148,11 +164,11 @@ __device__ __forceinline__ void add(const Params& p, const Part& part, const flo
 #pragma unroll 1
       for (int i = lane; i < p.tokens * 64; i += WARP) __stcg(carry + i, scratch().sums[i]);
       warp_add(counters(p).carried + blockIdx.x);
-    } else if (ends) {
-      write_y(p, part.group, [](int) { return 0.0f; });
     } else {
-      const Carriers carriers(p, (part.group + 1) * length);
-      write_y(p, part.group, [&](int i) { return carriers.sum(p, i); });
+      if (!ends) {
+        Carriers(p, (part.group + 1) * length).add(p, p.tokens, scratch().sums, [](int t, int row) { return t * 64 + row; });
+      }
+      write_y(p, part.group);
     }
   }
   warp_arrive(&scratch().added);
