@@ -234,7 +234,6 @@ inline void warp_add(int* counter) {
   __syncwarp();
   if (threadIdx.x % WARP == 0) atomicAdd(counter, 1);
 }
-inline void __threadfence_block() { emulator::give_way(); }  // readers spin on it
 
 using Barrier = u64;  // arrivals a phase, arrivals so far, phases
 inline void barrier_init(Barrier* b, int count) { *b = static_cast<u64>(count) << 48; }
@@ -270,11 +269,16 @@ void mma(float (&d)[4], const u32* a, u32 b0, u32 b1) {
     d[i] = sum;
   }
 }
-inline u32 fma_bf16(u32 a, u32 b, u32 c) {
+template <bool B16>
+u32 fma2(u32 a, u32 b, u32 c) {
+  auto value = [](u32 pair, int i) {
+    const u16 h = static_cast<u16>(pair >> i);
+    return static_cast<double>(B16 ? emulator::bfloat(h) : emulator::half(h));
+  };
   u32 d = 0;
   for (int i = 0; i < 32; i += 16) {
-    const float v = std::fma(emulator::bfloat(a >> i), emulator::bfloat(b >> i), emulator::bfloat(c >> i));
-    d |= static_cast<u32>(emulator::to_bfloat(v)) << i;
+    const float v = static_cast<float>(std::fma(value(a, i), value(b, i), value(c, i)));
+    d |= static_cast<u32>(B16 ? emulator::to_bfloat(v) : emulator::to_half(v)) << i;
   }
   return d;
 }
@@ -283,6 +287,6 @@ inline float from_fp16(u16 h) { return emulator::half(h); }
 inline float from_bf16(u16 h) { return emulator::bfloat(h); }
 template <bool B16>
 u16 round_to_16(float f) { return B16 ? emulator::to_bfloat(f) : emulator::to_half(f); }
-inline u32 pair_bf16(float low, float high) {
-  return emulator::to_bfloat(low) | static_cast<u32>(emulator::to_bfloat(high)) << 16;
-}
+template <bool B16>
+u32 pair_16(float low, float high) { return round_to_16<B16>(low) | static_cast<u32>(round_to_16<B16>(high)) << 16; }
+inline u32 pair_bf16(float low, float high) { return pair_16<true>(low, high); }

@@ -21,6 +21,18 @@ constexpr int P = B16 ? 3 : (BITS == 3 ? 6 : 4);
 
 __device__ constexpr u32 twice(u32 h) { return h | (h << 16); }
 
+// The bit pattern of a small dyadic constant, twice.
+template <bool B16>
+__device__ constexpr u32 pattern(float value) {
+  const u32 sign = value < 0 ? 1 : 0;
+  float m = value < 0 ? -value : value;
+  int e = 0;
+  while (m >= 2) { m *= 0.5f; ++e; }
+  while (m < 1) { m *= 2; --e; }
+  const u32 fraction = static_cast<u32>((m - 1) * (B16 ? 128 : 1024));
+  return twice((sign << 15) | (static_cast<u32>(e + (B16 ? 127 : 15)) << (B16 ? 7 : 10)) | fraction);
+}
+
 template <int BY>
 __device__ __forceinline__ u32 shift_left(u32 word) {
   if constexpr (BY >= 0) {

@@ -4,7 +4,7 @@
 
 constexpr int SPLITS = 4;  // of V's K, at most
 
-// total += 2^P U t for the steps first, first + stride, ... PARTS = 2: rows 0-31 use gate's t and rows 32-63 up's.
+// total += U t, in its units, for the steps first, first + stride, ... PARTS = 2: rows 0-31 use gate's t and rows 32-63 up's.
 // A step is read while nothing waits for it yet; t is complete when V's counter says so.
 template <int PARTS>
 __device__ __forceinline__ void add_factors(const Params& p, const Part& part, int first, int stride,
@@ -28,10 +28,10 @@ __device__ __forceinline__ void add_factors(const Params& p, const Part& part, i
       }
     }
     decode<true, 3>(words, pairs);
-    constexpr u32 eighth = twice(0x3e00), shift = twice(0xc1a0);  // (128 + 8 q) / 8 - 20 = q - 4
-    static_assert(P<true, 3> == 3);
+    constexpr float unit = 1.0f / (1 << P<true, 3>);
+    constexpr u32 eighth = pattern<true>(unit), shift = pattern<true>(-(BASE<true> * unit + 4));
 #pragma unroll
-    for (int i = 0; i < 16; ++i) pairs[i] = fma_bf16(pairs[i], eighth, shift);
+    for (int i = 0; i < 16; ++i) pairs[i] = fma2<true>(pairs[i], eighth, shift);
     if (!complete) wait_until(counters(p).v_done + part.item, entry.y * c.t_splits);
     complete = true;
 #pragma unroll
@@ -59,9 +59,8 @@ __device__ __forceinline__ void add_factors(const Params& p, const Part& part, i
             for (int s = 0; s < SPLITS; ++s) {
               if (s < c.t_splits) a += t[i][s].x, b += t[i][s].y;
             }
-            constexpr float unit = 1 << P<B16, BITS>;
-            a *= unit * from_fp16(static_cast<u16>(scales[side][i]));
-            b *= unit * from_fp16(static_cast<u16>(scales[side][i] >> 16));
+            a *= 1 / UNIT * from_fp16(static_cast<u16>(scales[side][i]));
+            b *= 1 / UNIT * from_fp16(static_cast<u16>(scales[side][i] >> 16));
             high[i] = pair_bf16(a, b);
             const float rest_a = a - from_bf16(static_cast<u16>(high[i]));
             const float rest_b = b - from_bf16(static_cast<u16>(high[i] >> 16));

@@ -208,7 +208,7 @@ __device__ __forceinline__ void prepare(const Params& p) {
   if (warp == 0) {
     if (lane == 0) {
       for (int b = 0; b < BUFFERS; ++b) barrier_init(&scratch().full[b], WARPS), barrier_init(&scratch().empty[b], 1);
-      barrier_init(&scratch().added, 1);
+      barrier_init(&scratch().added, 1), barrier_init(&scratch().described, 1);
     }
     items().add_compensators(compensated ? sizes : nullptr);
     plan_stretch(p);
@@ -238,7 +238,10 @@ __device__ __forceinline__ void work(const Params& p) {
   const int parts = scratch().stretch.parts;
 #pragma unroll 1
   for (int number = 0; number < parts; ++number) {
-    while (!is_known(number)) {}
+    if (number % WARP == 2 * LAG) {  // described long ago: this is no wait, but an assurance
+      wait_phase(&scratch().described, number / WARP);
+      producer.known = min(number - 2 * LAG + 2 * WARP, parts);
+    }
     const Part part = scratch().parts[number % (2 * WARP)];
     Accumulators total = {};
     const int tiles = (part.count + 7) / 8, place = place_in(number);
@@ -259,9 +262,12 @@ __device__ __forceinline__ void work(const Params& p) {
     const int buffer = number % BUFFERS, phase = number / BUFFERS;
     float* slices = reduction() + buffer * WARPS * SLICE;
     if (phase) wait_phase(&scratch().empty[buffer], phase - 1);
-    spread(total, 1.0f / (1 << P<B16, BITS>), slices + warp * SLICE);
+    spread(total, slices + warp * SLICE);
     warp_arrive(&scratch().full[buffer]);
-    if (warp == 0 && number % WARP == LAG) describe<ITEM_FIRST>(p, number - LAG + WARP);
+    if (warp == 0 && number % WARP == LAG) {
+      describe<ITEM_FIRST>(p, number - LAG + WARP);
+      warp_arrive(&scratch().described);
+    }
     if (place == 0) {
       wait_phase(&scratch().full[buffer], phase);
       if (part.is_v()) {

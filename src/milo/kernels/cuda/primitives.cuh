@@ -117,10 +117,15 @@ __device__ __forceinline__ u32 and_or(u32 a, u32 mask, u32 bits) {
   return d;
 }
 
-// a * b + c on a pair of bf16.
-__device__ __forceinline__ u32 fma_bf16(u32 a, u32 b, u32 c) {
+// a * b + c on a pair of 16-bit floats.
+template <bool B16>
+__device__ __forceinline__ u32 fma2(u32 a, u32 b, u32 c) {
   u32 d;
-  asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
+  if constexpr (B16) {
+    asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
+  } else {
+    asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
+  }
   return d;
 }
 
@@ -142,9 +147,15 @@ __device__ __forceinline__ u16 round_to_16(float f) {
   return h;
 }
 
-// Two floats as a bf16 pair, `low` in the low half.
-__device__ __forceinline__ u32 pair_bf16(float low, float high) {
+// Two floats as a pair of 16-bit ones, `low` in the low half.
+template <bool B16>
+__device__ __forceinline__ u32 pair_16(float low, float high) {
   u32 d;
-  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(d) : "f"(high), "f"(low));
+  if constexpr (B16) {
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(d) : "f"(high), "f"(low));
+  } else {
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(d) : "f"(high), "f"(low));
+  }
   return d;
 }
+__device__ __forceinline__ u32 pair_bf16(float low, float high) { return pair_16<true>(low, high); }

@@ -87,8 +87,8 @@ struct Scratch {
   float weights[ADDED_PAIRS];        // the router's, of pairs
   float sums[ADDED_TOKENS * 64];     // of a row tile
   Stretch stretch;
-  int known;                         // parts that are in the queue, or were
-  Barrier full[BUFFERS], empty[BUFFERS], added;  // slices written; read; a part's sums added to the row tile's
+  Barrier full[BUFFERS], empty[BUFFERS];  // slices written; read
+  Barrier added, described;               // a part's sums added to the row tile's; 32 more parts in the queue
   Items items;
 };
 static_assert(RING_BYTES + REDUCE_BYTES + sizeof(Scratch) <= MILO_SHARED_BYTES, "the host allocates less");
@@ -174,25 +174,15 @@ __device__ __forceinline__ void describe(const Params& p, int base) {
     part.meta = static_cast<u32>(row_tile) * m.groups;
     scratch().parts[at % (2 * WARP)] = part;
   }
-  __threadfence_block();
-  __syncwarp();
-  if (threadIdx.x % WARP == 0) *const_cast<volatile int*>(&scratch().known) = base + WARP;
-}
-
-// Whether the part `number` is in the queue by now.
-__device__ __forceinline__ bool is_known(int number) {
-  const bool known = number < *const_cast<volatile int*>(&scratch().known);
-  __threadfence_block();
-  return known;
 }
 
 // Runs ahead of the computation by STAGES - 1 tiles, over the borders of parts.
 struct Producer {
   Loader load;
-  int next = 0;  // the part that comes next
+  int next = 0, known;  // the part that comes next; parts that this warp knows to be in the queue
   int kt = 0, last = 0;
 
-  __device__ __forceinline__ Producer(const Params& p, int lane, int warp) {
+  __device__ __forceinline__ Producer(const Params& p, int lane, int warp) : known(min(WARP, scratch().stretch.parts)) {
     load.policy = evict_first();
     load.in_features = p.in_features;
     load.activation = reinterpret_cast<const char*>(p.x);
@@ -205,7 +195,7 @@ struct Producer {
     if (kt < last) return true;
     const int lane = threadIdx.x % WARP;
 #pragma unroll 1
-    while (next < scratch().stretch.parts && is_known(next)) {
+    while (next < known) {
       const int place = place_in(next);
       const Part part = scratch().parts[next++ % (2 * WARP)];
       kt = part.share(place), last = part.share(place + 1);
