@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 ADDED_TOKENS = 8  # up to so many (and so many choices) a block of `down` adds up a row tile's items by itself
 ADDED_PAIRS = 128
 MAX_V_SPLITS = 4  # runs of K in which V x is computed
-_QUEUE = 64 * 32 + 96  # bytes of a block's queue of parts, and what goes with it
+_QUEUE = 128 * 32 + 96  # bytes of a block's queue of parts, and what goes with it
 _RESERVED = 1024  # bytes of shared memory that a block takes beyond its own
 
 
@@ -44,7 +44,7 @@ class Config:
         return 32 * self.warps
 
     def shared_bytes(self, bits: int, halves: int) -> int:
-        """Shared memory of a block: the warps' rings, the reduction, the routing table, the queue, a row tile's sums."""
+        """Shared memory of a block: rings, reduction, routing table, queue of parts, a row tile's sums."""
         ring = self.warps * self.stages * (bits * 512 + halves * 256 + self.token_tiles * 1024)
         table = 4 * self.pairs + 8 * (self.pairs + self.pairs // self.tokens)
         buffers = 2 if self.token_tiles == 1 else 1

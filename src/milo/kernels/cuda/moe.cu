@@ -213,11 +213,12 @@ __device__ __forceinline__ void prepare(const Params& p) {
     items().add_compensators(compensated ? sizes : nullptr);
     plan_stretch(p);
     describe<ITEM_FIRST>(p, 0);
+    describe<ITEM_FIRST>(p, WARP);
   }
   __syncthreads();
 }
 
-// Warps are at most BUFFERS parts apart: from this part on nobody reads the queue's older half.
+// Warps are at most BUFFERS parts apart: so many parts on nobody reads what is to be overwritten.
 constexpr int LAG = 8;
 static_assert(LAG > BUFFERS);
 
@@ -240,9 +241,9 @@ __device__ __forceinline__ void work(const Params& p) {
   for (int number = 0; number < parts; ++number) {
     if (number % WARP == 2 * LAG) {  // described long ago: this is no wait, but an assurance
       wait_phase(&scratch().described, number / WARP);
-      producer.known = min(number - 2 * LAG + 2 * WARP, parts);
+      producer.known = min(number - 2 * LAG + 3 * WARP, parts);
     }
-    const Part part = scratch().parts[number % (2 * WARP)];
+    const Part part = scratch().parts[number % QUEUE];
     Accumulators total = {};
     const int tiles = (part.count + 7) / 8, place = place_in(number);
 #pragma unroll 1
@@ -265,7 +266,7 @@ __device__ __forceinline__ void work(const Params& p) {
     spread(total, slices + warp * SLICE);
     warp_arrive(&scratch().full[buffer]);
     if (warp == 0 && number % WARP == LAG) {
-      describe<ITEM_FIRST>(p, number - LAG + WARP);
+      describe<ITEM_FIRST>(p, number - LAG + 2 * WARP);
       warp_arrive(&scratch().described);
     }
     if (place == 0) {

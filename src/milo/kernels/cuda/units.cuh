@@ -5,7 +5,7 @@
 // equal runs of K, and every block takes an equal stretch of that line: no rounds, no idle blocks at the end. A stretch
 // may begin or end inside a *sum* (a unit; where down adds items up by itself, all units of a row tile): the block that
 // has the sum's first quantum adds up, the others leave theirs in `carry`. Row tiles of V are cut likewise, come first,
-// and are weighed against the line. One warp describes a block's parts in shared memory, 32 ahead of their turn, so that
+// and are weighed against the line. One warp describes a block's parts in shared memory long before their turn, so that
 // the others have nothing to work out.
 #pragma once
 #include "tile.cuh"
@@ -82,8 +82,13 @@ struct Stretch {
   int start, end, first_unit, v_parts, parts;
 };
 
+// The queue of parts. A warp's next STAGES - 1 tiles lie within WARPS * STAGES parts, since in WARPS parts it takes every place
+// once; it must never find the queue empty, or its ring would lose step.
+constexpr int QUEUE = 4 * WARP;
+static_assert(WARPS * STAGES <= WARP + WARP / 2);
+
 struct Scratch {
-  Part parts[2 * WARP];              // a queue
+  Part parts[QUEUE];
   float weights[ADDED_PAIRS];        // the router's, of pairs
   float sums[ADDED_TOKENS * 64];     // of a row tile
   Stretch stretch;
@@ -172,7 +177,7 @@ __device__ __forceinline__ void describe(const Params& p, int base) {
     part.last = static_cast<short>(divide(m.ktiles * high, pieces).q);
     part.tile = static_cast<u32>(row_tile) * m.ktiles + part.first;
     part.meta = static_cast<u32>(row_tile) * m.groups;
-    scratch().parts[at % (2 * WARP)] = part;
+    scratch().parts[at % QUEUE] = part;
   }
 }
 
@@ -182,7 +187,7 @@ struct Producer {
   int next = 0, known;  // the part that comes next; parts that this warp knows to be in the queue
   int kt = 0, last = 0;
 
-  __device__ __forceinline__ Producer(const Params& p, int lane, int warp) : known(min(WARP, scratch().stretch.parts)) {
+  __device__ __forceinline__ Producer(const Params& p, int lane, int warp) : known(min(2 * WARP, scratch().stretch.parts)) {
     load.policy = evict_first();
     load.in_features = p.in_features;
     load.activation = reinterpret_cast<const char*>(p.x);
@@ -197,7 +202,7 @@ struct Producer {
 #pragma unroll 1
     while (next < known) {
       const int place = place_in(next);
-      const Part part = scratch().parts[next++ % (2 * WARP)];
+      const Part part = scratch().parts[next++ % QUEUE];
       kt = part.share(place), last = part.share(place + 1);
       if (kt >= last) continue;
       const Matrix& m = part.is_v() ? p.v : p.weights;
