@@ -56,6 +56,23 @@ def supports(device: torch.device, dtype: torch.dtype, experts: int = 1, topk: i
     return nvrtc.available()
 
 
+def prepare(weight: PackedMatrix, dtype: torch.dtype) -> None:
+    """Compile and load what any call with this matrix and activations of this dtype may launch.
+
+    Args:
+        weight: on the device.
+        dtype: float16 or bfloat16.
+
+    Raises:
+        KernelError: a kernel does not compile or load.
+    """
+    device = weight.codes.device.index
+    configs = _fitting(CONFIGS, weight.bits, weight.halves, device)
+    with torch.cuda.device(device):
+        for config in configs:
+            _kernels(config, weight.bits, weight.halves, dtype == torch.bfloat16, device)
+
+
 def linear(
     x: torch.Tensor, weight: PackedMatrix, bias: torch.Tensor | None, config: Config | None = None
 ) -> torch.Tensor:
