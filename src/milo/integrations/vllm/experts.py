@@ -15,13 +15,12 @@ import torch
 from torch import nn
 from vllm.config import get_current_vllm_config
 from vllm.model_executor.layers.fused_moe import FusedMoEConfig, FusedMoEMethodBase, RoutedExperts
-from vllm.model_executor.utils import set_weight_attrs
 
 from milo import ops
 from milo.errors import ServingError
 from milo.format.shards import Span
 from milo.integrations.vllm.config import MiloQuantizationConfig
-from milo.integrations.vllm.pieces import Piece, Waiting, share
+from milo.integrations.vllm.pieces import Piece, Waiting, empty, share, stored_dtypes
 from milo.integrations.vllm.start import check_kernels, is_dummy, prepare
 from milo.kernels.layout import repack
 from milo.kernels.packed_reference import ACTIVATIONS
@@ -81,11 +80,9 @@ class MiloExpertsMethod(FusedMoEMethodBase):
             raise ServingError(f"the vLLM plugin cannot serve {self._prefix}: router weights on the experts' inputs")
         self._waiting = Waiting([piece for pieces in self._pieces.values() for piece in pieces])
         for name, keys in (("w13", ("w1", "w3")), ("w2", ("w2",))):
-            rows = [self._rows[key] for key in keys]
-            for suffix in {s: None for row in rows for s in row.encoding.tensors(row.shape, max(row.ranks))}:
-                parameter = nn.Parameter(torch.empty(0, device=device), requires_grad=False)
-                set_weight_attrs(parameter, {"weight_loader": partial(self._load, layer, suffix)})
-                layer.register_parameter(f"{name}_{suffix}", parameter)
+            dtypes = {s: d for key in keys for s, d in stored_dtypes(self._rows[key]).items()}
+            for suffix, dtype in dtypes.items():
+                layer.register_parameter(f"{name}_{suffix}", empty(dtype, partial(self._load, layer, suffix)))
 
     def _load(
         self,

@@ -17,12 +17,11 @@ from torch import nn
 from torch.nn import functional as F
 from vllm.config import get_current_vllm_config
 from vllm.model_executor.layers.linear import LinearBase, LinearMethodBase
-from vllm.model_executor.utils import set_weight_attrs
 
 from milo import ops
 from milo.errors import ServingError
 from milo.integrations.vllm.config import MiloQuantizationConfig, Source
-from milo.integrations.vllm.pieces import Piece, Waiting, share
+from milo.integrations.vllm.pieces import Piece, Waiting, empty, share, stored_dtypes
 from milo.integrations.vllm.start import check_kernels, is_dummy, prepare
 from milo.kernels.layout import repack
 from milo.modules.packed import PackedWeight
@@ -115,23 +114,21 @@ class MiloLinearMethod(LinearMethodBase):
         if len(self._sources) != len(sizes):
             names = ", ".join(source.name for source in self._sources)
             raise ServingError(f"vLLM's layer has {len(sizes)} parts, the checkpoint stores {names}")
-        suffixes: dict[str, None] = {}
+        dtypes: dict[str, torch.dtype] = {}
         for source, size in zip(self._sources, sizes, strict=True):
             if source.row is None:
                 shape = (size, input_size_per_partition)
                 self._pieces.append(DensePiece(source.name, shape, rank, ranks, params_dtype))
-                suffixes["weight"] = None
+                dtypes["weight"] = params_dtype
                 continue
             n, k = source.row.shape
             rows = share(source.name, "out-features", n, size, rank, ranks)
             columns = share(source.name, "in-features", k, input_size_per_partition, rank, ranks)
             self._pieces.append(Piece(source.row, 0, rows, columns, device))
-            suffixes |= dict.fromkeys(source.row.encoding.tensors(source.row.shape, source.row.ranks[0]))
+            dtypes |= stored_dtypes(source.row)
         self._waiting = Waiting(self._pieces)
-        for suffix in suffixes:
-            parameter = nn.Parameter(torch.empty(0, device=device), requires_grad=False)
-            set_weight_attrs(parameter, {"weight_loader": partial(self._load, layer, suffix)})
-            layer.register_parameter(suffix, parameter)
+        for suffix, dtype in dtypes.items():
+            layer.register_parameter(suffix, empty(dtype, partial(self._load, layer, suffix)))
 
     def _load(
         self,

@@ -6,10 +6,12 @@ against the plan, cut, copied to the device and kept until the layer has all of 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
 
 import torch
+from torch import nn
+from vllm.model_executor.utils import set_weight_attrs
 
 from milo.checkpoint.inventory import Kind
 from milo.checkpoint.source import TORCH_DTYPES
@@ -95,6 +97,20 @@ def share(name: str, side: str, total: int, size: int, rank: int, ranks: int) ->
         )
     begin = (rank * pieces // ranks) * size
     return Span(begin, begin + size, total)
+
+
+def stored_dtypes(row: Row) -> dict[str, torch.dtype]:
+    """Dtype of every kind of tensor that a row's matrices have, by suffix."""
+    return {
+        suffix: TORCH_DTYPES[spec.dtype] for suffix, spec in row.encoding.tensors(row.shape, max(row.ranks)).items()
+    }
+
+
+def empty(dtype: torch.dtype, loader: Callable[..., Any]) -> nn.Parameter:
+    """A parameter without elements, for what vLLM wants of one: a name, a device, a loader."""
+    parameter = nn.Parameter(torch.empty(0, dtype=dtype), requires_grad=False)
+    set_weight_attrs(parameter, {"weight_loader": loader})
+    return parameter
 
 
 class Piece:
