@@ -118,6 +118,7 @@ def _topk(score: Callable[[torch.Tensor], torch.Tensor]) -> Callable[..., None]:
         logits: torch.Tensor,
         renormalize: bool = False,
         bias: torch.Tensor | None = None,
+        *more: Any,
     ) -> None:
         scores = score(logits.float())
         chosen = (scores if bias is None else scores + bias).topk(weights.shape[1]).indices

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import importlib.util
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -21,10 +21,12 @@ from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMetho
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
 
 from milo.checkpoint.compressed import CompressedCheckpoint, plan_from_config
-from milo.checkpoint.inventory import Kind
 from milo.checkpoint.roles import LAYER_INDEX
 from milo.errors import ServingError
+from milo.format.shards import Span
 from milo.integrations.vllm import QUANTIZATION
+from milo.integrations.vllm.names import NamingMapper, Stack
+from milo.integrations.vllm.pieces import share
 from milo.plan.plan import Plan, Row
 
 # What vLLM calls a layer that it merged, where a model class does not list it.
@@ -40,10 +42,21 @@ class Source:
     Attributes:
         name: of the stored matrix, as vLLM's loaders see it.
         row: of the plan; None for a part that is not compressed.
+        first: where the part begins among the stored out-features.
+        size: out-features of the part; None for all.
     """
 
     name: str
     row: Row | None
+    first: int = 0
+    size: int | None = None
+
+    def rows(self, name: str, size: int, rank: int, ranks: int) -> Span:
+        """Stored out-features of one rank (see `share`)."""
+        assert self.row is not None
+        total = self.size or self.row.shape[0]
+        own = share(name, "out-features", total, size, rank, ranks)
+        return Span(self.first + own.begin, self.first + own.end, self.row.shape[0])
 
 
 class MiloQuantizationConfig(QuantizationConfig):
@@ -59,6 +72,8 @@ class MiloQuantizationConfig(QuantizationConfig):
         self.rows = {row.matrices()[0]: row for row in plan.rows}
         self._mappers: list[Any] = []
         self._claimed: set[str] = set()
+        self._stacks: dict[str, Stack] = {}
+        self._unnamed = self._checked = False
 
     @classmethod
     def get_name(cls) -> str:
@@ -81,13 +96,8 @@ class MiloQuantizationConfig(QuantizationConfig):
 
         Raises:
             FormatError: a newer format, or a plan that was altered.
-            ServingError: a plan that vLLM cannot carry out.
         """
-        plan = plan_from_config(config, "the model's config.json")
-        for row in plan.rows:
-            if row.kind is Kind.STACK:
-                raise ServingError(f"{row.name} is one tensor of all experts, which the vLLM plugin does not read yet")
-        return cls(plan)
+        return cls(plan_from_config(config, "the model's config.json"))
 
     def maybe_update_config(self, model_name: str, hf_config: Any = None, revision: str | None = None) -> None:
         """Called once at start, with the folder: look into every file's header before anything is loaded.
@@ -128,28 +138,60 @@ class MiloQuantizationConfig(QuantizationConfig):
         from milo.integrations.vllm.linear import MiloLinearMethod
 
         if isinstance(layer, LinearBase):
+            if not prefix:  # vLLM does not say which layer it is: its tensors will
+                self._unnamed = True
+                return MiloLinearMethod(self, None)
             sources = self.sources(prefix)
-            if any(source.row for source in sources):
-                self._claimed.update(source.name for source in sources)
-                return MiloLinearMethod(self, sources)
-            return UnquantizedLinearMethod()
+            return MiloLinearMethod(self, sources) if any(s.row for s in sources) else UnquantizedLinearMethod()
         if isinstance(layer, RoutedExperts):
-            names = [layer.ckpt_gate_proj_name, layer.ckpt_up_proj_name, layer.ckpt_down_proj_name]
-            rows = [self.rows.get(f"{prefix}.0.{name}") for name in names]
-            if any(rows):
-                self._claimed.update(f"{prefix}.0.{name}" for name in names)
-                return MiloExpertsMethod(
-                    self, layer.moe_config, prefix, dict(zip(("w1", "w3", "w2"), rows, strict=True))
-                )
+            sources = self.experts(
+                prefix, layer.ckpt_gate_proj_name, layer.ckpt_up_proj_name, layer.ckpt_down_proj_name
+            )
+            if any(source.row for source in sources):
+                return MiloExpertsMethod(self, layer.moe_config, prefix, sources)
         return None
 
     def sources(self, prefix: str) -> list[Source]:
         """The stored matrices behind a linear layer, in the order of its parts."""
         if prefix in self.rows:
-            return [Source(prefix, self.rows[prefix])]
-        parent, dot, leaf = prefix.rpartition(".")
-        parts = self.packed_modules_mapping.get(leaf) or _MERGED.get(leaf) or [leaf]
-        return [Source(name, self.rows.get(name)) for name in (f"{parent}{dot}{part}" for part in parts)]
+            names = [prefix]
+        else:
+            parent, dot, leaf = prefix.rpartition(".")
+            parts = self._merged.get(leaf) or [leaf]
+            names = [f"{parent}{dot}{part}" for part in parts]
+        self._claimed.update(names)
+        return [Source(name, self.rows.get(name)) for name in names]
+
+    def layer_of(self, matrix: str) -> str:
+        """Path of the layer that a stored matrix belongs to, as vLLM merges them."""
+        parent, dot, leaf = matrix.rpartition(".")
+        merged = next((layer for layer, parts in self._merged.items() if leaf in parts), leaf)
+        return f"{parent}{dot}{merged}"
+
+    def experts(self, prefix: str, gate: str, up: str, down: str) -> list[Source]:
+        """The stored matrices of gate, up and down of a layer's experts."""
+        sources, fused = [], self.rows.get(f"{prefix}.gate_up_proj")
+        for position, name in enumerate((gate, up, down)):
+            stack = fused if position < 2 and fused else self.rows.get(f"{prefix}.{name}")
+            if stack is None:
+                listed = f"{prefix}.0.{name}"
+                self._claimed.add(listed)
+                sources.append(Source(listed, self.rows.get(listed)))
+                continue
+            half = stack.shape[0] // 2
+            sources.append(Source(stack.name, stack, *((position * half, half) if stack is fused else ())))
+            parent, _, leaf = stack.name.rpartition(".")
+            self._claimed.add(f"{prefix}.{leaf}")
+            self._stacks.setdefault(stack.name, Stack(stack, [])).names.append(f"{parent}.{{}}.{name}")
+        return sources
+
+    def get_cache_scale_mapper(self) -> NamingMapper:
+        """The mapper through which vLLM sends every tensor of the checkpoint."""
+        return NamingMapper(**vars(QuantizationConfig.get_cache_scale_mapper()), stacks=self._stacks)
+
+    @property
+    def _merged(self) -> dict[str, Sequence[str]]:
+        return {**_MERGED, **self.packed_modules_mapping}
 
     def check_complete(self) -> None:
         """Called when loading begins: whether every matrix of the layers that are here has found its module.
@@ -159,6 +201,9 @@ class MiloQuantizationConfig(QuantizationConfig):
         Raises:
             ServingError: vLLM's model has another structure than the checkpoint.
         """
+        if self._checked or self._unnamed:  # matrices of layers without a name are claimed when they come
+            return
+        self._checked = True
         here = {_layer(name) for name in self._claimed}  # a pipeline stage has some of the layers only
         for name in self.rows:
             if name not in self._claimed and _layer(name) in here:

@@ -8,7 +8,7 @@ Router, shared experts and reductions are vLLM's own.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 
 import torch
@@ -18,8 +18,9 @@ from vllm.model_executor.layers.fused_moe import FusedMoEConfig, FusedMoEMethodB
 
 from milo import ops
 from milo.errors import ServingError
+from milo.format.matrix import FACTOR_GROUP
 from milo.format.shards import Span
-from milo.integrations.vllm.config import MiloQuantizationConfig
+from milo.integrations.vllm.config import MiloQuantizationConfig, Source
 from milo.integrations.vllm.pieces import Piece, Waiting, empty, share, stored_dtypes
 from milo.integrations.vllm.start import check_kernels, is_dummy, prepare
 from milo.kernels.layout import repack
@@ -35,19 +36,20 @@ class MiloExpertsMethod(FusedMoEMethodBase):
         config: of the model.
         moe: vLLM's description of the layer.
         prefix: the layer's path.
-        rows: of gate (`w1`), up (`w3`) and down (`w2`).
+        sources: where gate, up and down are stored.
 
     Raises:
         ServingError: experts that `moe_ffn` cannot compute.
     """
 
     def __init__(
-        self, config: MiloQuantizationConfig, moe: FusedMoEConfig, prefix: str, rows: Mapping[str, Row | None]
+        self, config: MiloQuantizationConfig, moe: FusedMoEConfig, prefix: str, sources: Sequence[Source]
     ) -> None:
         super().__init__(moe)
         self._config, self._prefix = config, prefix
-        self._rows = {key: row for key, row in rows.items() if row is not None}
-        reason = _why_not(moe, self._rows)
+        self._sources = dict(zip(("w1", "w3", "w2"), sources, strict=True))
+        self._rows = {key: source.row for key, source in self._sources.items() if source.row}
+        reason = _why_not(moe, self._rows) or _why_not_halves(sources[1])
         if reason:
             raise ServingError(f"the vLLM plugin cannot serve {prefix}: {reason}")
         self._activation = moe.activation.value
@@ -66,16 +68,19 @@ class MiloExpertsMethod(FusedMoEMethodBase):
         device = torch.get_default_device()
         check_kernels(device, params_dtype, num_experts, self.moe.experts_per_token)
         self._dtype, self._dummy = params_dtype, is_dummy(get_current_vllm_config())
-        gate, down = self._rows["w1"], self._rows["w2"]
-        inner, total = intermediate_size_per_partition, gate.shape[0]
-        if (gate.shape[1], down.shape[0]) != (hidden_size, hidden_size):
-            raise ServingError(f"{self._prefix} has {gate.shape[1]} features, vLLM's layer {hidden_size}")
-        own = share(gate.name, "out-features", total, inner, self.moe.tp_rank, self.moe.tp_size)
-        across = Span.all(hidden_size)
-        locals_ = _local_experts(layer, len(gate.ranks))
         for key, row in self._rows.items():
-            spans = (across, own) if key == "w2" else (own, across)
-            self._pieces[key] = [Piece(row, expert, *spans, device) for expert in locals_]
+            name = f"{self._prefix}.{key}"
+            features = row.shape[0] if key == "w2" else row.shape[1]
+            if features != hidden_size:
+                raise ServingError(f"{name} has {features} features, vLLM's layer {hidden_size}")
+            rank, ranks = self.moe.tp_rank, self.moe.tp_size
+            inner, across = intermediate_size_per_partition, Span.all(hidden_size)
+            if key == "w2":
+                spans = across, share(name, "in-features", row.shape[1], inner, rank, ranks)
+            else:
+                spans = self._sources[key].rows(name, inner, rank, ranks), across
+            experts = _local_experts(layer, len(row.ranks))
+            self._pieces[key] = [Piece(row, expert, *spans, device) for expert in experts]
         if layer.apply_router_weight_on_input:
             raise ServingError(f"the vLLM plugin cannot serve {self._prefix}: router weights on the experts' inputs")
         self._waiting = Waiting([piece for pieces in self._pieces.values() for piece in pieces])
@@ -166,6 +171,11 @@ def _why_not(moe: FusedMoEConfig, rows: Mapping[str, Row]) -> str:
         if bad:
             return reason
     return ""
+
+
+def _why_not_halves(up: Source) -> str:
+    """Gate and up in one matrix are cut apart, and either half begins at a group of U."""
+    return "" if up.first % FACTOR_GROUP == 0 else f"gate and up of {up.first} out-features each in one matrix"
 
 
 def _local_experts(layer: RoutedExperts, experts: int) -> list[int]:

@@ -19,7 +19,7 @@ from vllm.config import get_current_vllm_config
 from vllm.model_executor.layers.linear import LinearBase, LinearMethodBase
 
 from milo import ops
-from milo.errors import ServingError
+from milo.errors import FormatError, ServingError
 from milo.integrations.vllm.config import MiloQuantizationConfig, Source
 from milo.integrations.vllm.pieces import Piece, Waiting, empty, share, stored_dtypes
 from milo.integrations.vllm.start import check_kernels, is_dummy, prepare
@@ -48,10 +48,11 @@ class CompressedPart(nn.Module):
 class DensePiece:
     """A part of a merged layer that the plan left alone; stands where a `Piece` would."""
 
-    def __init__(self, name: str, shape: tuple[int, int], rank: int, ranks: int, dtype: torch.dtype) -> None:
-        self.name, self._shape, self._place, self._dtype = name, shape, (rank, ranks), dtype
+    def __init__(
+        self, name: str, shape: tuple[int, int], rank: int, ranks: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        self.name, self._shape, self._place, self._dtype, self._device = name, shape, (rank, ranks), dtype, device
         self._weight: torch.Tensor | None = None
-        self._device = torch.get_default_device()
 
     @property
     def missing(self) -> list[str]:
@@ -88,12 +89,14 @@ class MiloLinearMethod(LinearMethodBase):
 
     Args:
         config: of the model.
-        sources: the stored matrix of each part of the layer; one for all parts if they are stored as one.
+        sources: the stored matrix of each part of the layer; None if vLLM does not say which layer it is, so that its
+            tensors have to (see `names`).
     """
 
-    def __init__(self, config: MiloQuantizationConfig, sources: Sequence[Source]) -> None:
+    def __init__(self, config: MiloQuantizationConfig, sources: Sequence[Source] | None) -> None:
         self._config, self._sources = config, sources
         self._pieces: list[Piece | DensePiece] = []
+        self._waiting = Waiting([])
 
     def create_weights(
         self,
@@ -106,29 +109,38 @@ class MiloLinearMethod(LinearMethodBase):
         **extra_weight_attrs: object,
     ) -> None:
         """Register a parameter without elements for every kind of stored tensor; the arguments are vLLM's."""
-        device = torch.get_default_device()
-        check_kernels(device, params_dtype)
+        check_kernels(torch.get_default_device(), params_dtype)
         self._dtype, self._dummy = params_dtype, is_dummy(get_current_vllm_config())
-        rank, ranks = layer.tp_rank, layer.tp_size
-        sizes = output_partition_sizes
-        if len(self._sources) != len(sizes):
-            names = ", ".join(source.name for source in self._sources)
-            raise ServingError(f"vLLM's layer has {len(sizes)} parts, the checkpoint stores {names}")
-        dtypes: dict[str, torch.dtype] = {}
-        for source, size in zip(self._sources, sizes, strict=True):
-            if source.row is None:
-                shape = (size, input_size_per_partition)
-                self._pieces.append(DensePiece(source.name, shape, rank, ranks, params_dtype))
-                dtypes["weight"] = params_dtype
-                continue
-            n, k = source.row.shape
-            rows = share(source.name, "out-features", n, size, rank, ranks)
-            columns = share(source.name, "in-features", k, input_size_per_partition, rank, ranks)
-            self._pieces.append(Piece(source.row, 0, rows, columns, device))
-            dtypes |= stored_dtypes(source.row)
-        self._waiting = Waiting(self._pieces)
+        self._device, self._sizes = torch.get_default_device(), (output_partition_sizes, input_size_per_partition)
+        dtypes = {"weight": params_dtype}
+        if self._sources is None:
+            for row in self._config.plan.rows:
+                dtypes |= stored_dtypes(row)
+        else:
+            self._bind(layer, self._sources)
+            if all(source.row for source in self._sources):
+                del dtypes["weight"]
+            for source in self._sources:
+                dtypes |= stored_dtypes(source.row) if source.row else {}
         for suffix, dtype in dtypes.items():
             layer.register_parameter(suffix, empty(dtype, partial(self._load, layer, suffix)))
+
+    def _bind(self, layer: LinearBase, sources: Sequence[Source]) -> None:
+        """Say what each part of the layer waits for."""
+        outs, ins = self._sizes
+        if len(sources) != len(outs):
+            names = ", ".join(source.name for source in sources)
+            raise ServingError(f"vLLM's layer has {len(outs)} parts, the checkpoint stores {names}")
+        rank, ranks = layer.tp_rank, layer.tp_size
+        for source, out in zip(sources, outs, strict=True):
+            if source.row is None:
+                shape = (out, ins)
+                self._pieces.append(DensePiece(source.name, shape, rank, ranks, self._dtype, self._device))
+                continue
+            rows = source.rows(source.name, out, rank, ranks)
+            columns = share(source.name, "in-features", source.row.shape[1], ins, rank, ranks)
+            self._pieces.append(Piece(source.row, 0, rows, columns, self._device))
+        self._waiting = Waiting(self._pieces)
 
     def _load(
         self,
@@ -139,6 +151,11 @@ class MiloLinearMethod(LinearMethodBase):
         loaded_shard_id: str | int | None = None,
     ) -> None:
         self._config.check_complete()
+        if not self._pieces:
+            stored = getattr(loaded_weight, "milo_name", None)
+            if stored is None:
+                raise ServingError("vLLM builds a layer without a name and loads it in a way the plugin cannot follow")
+            self._bind(layer, self._config.sources(self._config.layer_of(stored.removesuffix(f".{suffix}"))))
         if loaded_shard_id is None:
             number = 0
         else:
@@ -160,6 +177,8 @@ class MiloLinearMethod(LinearMethodBase):
             FormatError: a tensor is missing.
         """
         if not hasattr(layer, "milo"):
+            if not self._pieces:
+                raise FormatError("nothing came out of the checkpoint for a layer that vLLM builds without a name")
             self._waiting.end(self._dummy)
             self._finish(layer)
 
