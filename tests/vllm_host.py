@@ -8,6 +8,7 @@ attention (over the whole prompt, without a cache) and the top-k of routers.
 from __future__ import annotations
 
 import multiprocessing
+import pickle
 import queue
 import socket
 import traceback
@@ -51,6 +52,7 @@ from vllm.distributed import parallel_state  # noqa: E402
 from vllm.forward_context import set_forward_context  # noqa: E402
 from vllm.model_executor.layers.attention import Attention, MLAAttention, mla_attention  # noqa: E402
 from vllm.model_executor.model_loader import get_model_loader  # noqa: E402
+from vllm.model_executor.models import registry  # noqa: E402
 
 
 class Backend:
@@ -131,6 +133,7 @@ def _topk(score: Callable[[torch.Tensor], torch.Tensor]) -> Callable[..., None]:
 
 Attention.forward = _attention
 MLAAttention.forward = _latent_attention
+registry._run_in_subprocess = lambda function: function()  # it imports vLLM again only to look at a class
 torch.accelerator.empty_cache = lambda: None
 mla_attention.get_mla_prefill_backend = lambda settings: Backend.Impl
 _custom_ops.topk_softmax = _topk(lambda logits: logits.softmax(-1))
@@ -205,8 +208,10 @@ def in_processes(function: Callable[..., Any], count: int, *arguments: Any) -> l
     """What `function(rank, port, *arguments)` returns in each of `count` forked processes."""
     context = multiprocessing.get_context("fork")
     results: Any = context.Queue()
-    port = free_port()
-    workers = [context.Process(target=_call, args=(function, rank, port, arguments, results)) for rank in range(count)]
+    done, port = context.Event(), free_port()
+    workers = [
+        context.Process(target=_call, args=(function, rank, port, arguments, results, done)) for rank in range(count)
+    ]
     for worker in workers:
         worker.start()
     found: dict[int, Any] = {}
@@ -215,26 +220,27 @@ def in_processes(function: Callable[..., Any], count: int, *arguments: Any) -> l
             rank, error, value = results.get(timeout=120)
             if error:
                 raise RuntimeError(f"rank {rank}: {error}")
-            found[rank] = None if value is None else torch.from_numpy(value)
+            found[rank] = pickle.loads(value)
     except queue.Empty:
         raise RuntimeError("a worker did not answer in two minutes") from None
     finally:
+        done.set()
         for worker in workers:
             worker.terminate()
             worker.join()
     return [found[rank] for rank in range(count)]
 
 
-def _call(function: Callable[..., Any], rank: int, port: int, arguments: tuple[Any, ...], results: Any) -> None:
+def _call(
+    function: Callable[..., Any], rank: int, port: int, arguments: tuple[Any, ...], results: Any, done: Any
+) -> None:
     try:
-        value = function(rank, port, *arguments)
-        results.put((rank, "", None if value is None else value.numpy()))
+        results.put((rank, "", pickle.dumps(function(rank, port, *arguments))))
     except BaseException:
         results.put((rank, traceback.format_exc(), None))
-    if len(arguments):
-        import time
-
-        time.sleep(0.2)  # the others may still be talking to this process
+    results.close()
+    results.join_thread()
+    done.wait(60)  # the others may still be talking to this process, or reading what it shares
 
 
 def free_port() -> int:

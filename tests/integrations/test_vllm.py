@@ -1,0 +1,150 @@
+"""vLLM's own models over compressed folders, on a CPU: every layout of GPUs gives the logits that transformers gives.
+
+What runs is vLLM (`vllm_host` says what of it has a stand-in): its model classes, mappings of names, loaders, merged
+layers and process groups. Skipped where vLLM is not installed.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+import builders
+from milo.checkpoint.compressed import CompressedCheckpoint
+from milo.errors import FormatError, MiloError, ServingError
+
+pytest.importorskip("vllm", exc_type=ImportError)
+if torch.cuda.is_available():
+    pytest.skip("stands in for vLLM's platform: tests/gpu/test_vllm.py is the one for GPUs", allow_module_level=True)
+
+import vllm_host
+from milo.integrations.vllm import register, versions
+
+pytestmark = pytest.mark.vllm
+
+TOKENS = torch.randint(1, 128, (9,), generator=torch.Generator().manual_seed(1))
+COMMON = {
+    "vocab_size": 128, "hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+    "head_dim": 32, "intermediate_size": 192, "moe_intermediate_size": 192, "num_experts_per_tok": 2,
+    "max_position_embeddings": 128, "tie_word_embeddings": False, "bos_token_id": 0, "eos_token_id": 0,
+}  # fmt: skip
+LATENT = {
+    "num_key_value_heads": 4, "kv_lora_rank": 64, "qk_nope_head_dim": 32, "qk_rope_head_dim": 32, "v_head_dim": 32,
+    "n_routed_experts": 4, "n_shared_experts": 2, "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1,
+}  # fmt: skip
+MODELS: dict[str, dict[str, Any]] = {
+    "mixtral": {"num_local_experts": 4, "intermediate_size": 384},
+    "qwen2_moe": {"num_experts": 4, "shared_expert_intermediate_size": 192, "norm_topk_prob": False},
+    "qwen3_moe": {"num_experts": 4, "norm_topk_prob": True, "mlp_only_layers": [0]},
+    "olmoe": {"num_experts": 4, "norm_topk_prob": False},
+    "deepseek_v2": {**LATENT, "q_lora_rank": None, "topk_method": "greedy", "norm_topk_prob": False},
+    "deepseek_v3": {
+        **LATENT, "q_lora_rank": 64, "topk_method": "noaux_tc", "scoring_func": "sigmoid", "norm_topk_prob": True,
+        "routed_scaling_factor": 1.5,
+    },
+}  # fmt: skip
+LAYOUTS = [
+    ("mixtral", {}),
+    ("mixtral", {"dtype": "bfloat16"}),
+    ("mixtral", {"tensor": 2}),  # 192 of 384: whole groups; keys and values a head a rank
+    ("mixtral", {"tensor": 4}),  # 96 of 384: one and a half groups; heads of keys and values held twice
+    ("mixtral", {"pipeline": 2}),
+    ("mixtral", {"tensor": 2, "experts": True}),
+    ("qwen2_moe", {"tensor": 2}),
+    ("qwen3_moe", {"tensor": 2}),
+    ("olmoe", {"tensor": 2}),
+    ("deepseek_v2", {}),
+    ("deepseek_v2", {"tensor": 2, "experts": True}),
+    ("deepseek_v3", {"tensor": 2}),
+    ("stacks", {"tensor": 2}),
+]
+Made = Callable[[str], tuple[Path, torch.Tensor]]
+
+register()
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
+    """A compressed folder of a tiny model, and the logits that transformers computes with it in float32."""
+    found: dict[str, tuple[Path, torch.Tensor]] = {}
+
+    def make(name: str) -> tuple[Path, torch.Tensor]:
+        if name not in found:
+            folder = tmp_path_factory.mktemp(name)
+            model_type = "qwen3_moe" if name == "stacks" else name
+            torch.manual_seed(0)
+            config = transformers.CONFIG_MAPPING[model_type](**{**COMMON, **MODELS[model_type]})
+            AutoModelForCausalLM.from_config(config).bfloat16().save_pretrained(folder / "source")
+            if name == "stacks":
+                _stack(folder / "source" / "model.safetensors")
+            builders.compress(folder / "source", folder / "out", ranks="dense:8+kurtosis:3", rounds=2)
+            model = AutoModelForCausalLM.from_pretrained(folder / "out", dtype=torch.float32)
+            with torch.no_grad():
+                found[name] = folder / "out", model(TOKENS[None]).logits[0]
+        return found[name]
+
+    return make
+
+
+def _stack(file: Path) -> None:
+    """Rewrite experts that stand alone as one tensor for all of them."""
+    tensors = load_file(file)
+    path = "model.layers.1.mlp.experts"
+    gate, up, down = (
+        torch.stack([tensors.pop(f"{path}.{e}.{name}_proj.weight") for e in range(4)])
+        for name in ("gate", "up", "down")
+    )
+    fused = {f"{path}.gate_up_proj": torch.cat([gate, up], 1), f"{path}.down_proj": down}
+    save_file(tensors | fused, file, metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize(("name", "layout"), LAYOUTS, ids=lambda value: str(value))
+def test_logits_are_those_of_transformers(name: str, layout: dict[str, Any], made: Made) -> None:
+    folder, expected = made(name)
+    found = vllm_host.logits(folder, TOKENS, **layout)
+    bound = 1.2e-2 if layout.get("dtype") == "bfloat16" else 1.5e-3
+    assert (found - expected).norm() <= bound * expected.norm()
+
+
+def test_a_layer_without_a_name_is_found_by_its_tensors(tmp_path: Path) -> None:
+    """vLLM builds the attention of the first DeepSeek-MoE without telling a method where it stands."""
+    shapes, config = builders.deepseek_v1(layers=2, hidden=128, inter=192, dense=192)
+    more = {
+        "model_type": "deepseek_v2", "num_attention_heads": 4, "num_key_value_heads": 4, "num_experts_per_tok": 2,
+        "qk_nope_head_dim": 0, "qk_rope_head_dim": 0, "v_head_dim": 32, "kv_lora_rank": 64, "q_lora_rank": None,
+        "topk_method": "greedy", "norm_topk_prob": False, "n_group": 1, "topk_group": 1, "max_position_embeddings": 64,
+    }  # fmt: skip
+    builders.write_checkpoint(tmp_path / "source", builders.random_tensors(shapes), config)
+    builders.compress(tmp_path / "source", tmp_path / "out", ranks="dense:8+kurtosis:3", rounds=2)
+    stored = json.loads((tmp_path / "out" / "config.json").read_text())
+    del stored["auto_map"]
+    (tmp_path / "out" / "config.json").write_text(json.dumps(stored | more))
+    weights = dict(builders.matrices(CompressedCheckpoint(tmp_path / "out")))
+    found = vllm_host.in_processes(_attention_weights, 2, tmp_path / "out")
+    for layer in range(2):
+        path = f"model.layers.{layer}.self_attn"
+        q, k, v = (weights[f"{path}.{name}_proj"].chunk(2) for name in "qkv")
+        outs = weights[f"{path}.o_proj"].chunk(2, 1)
+        for rank in range(2):
+            own = [torch.cat([q[rank], k[rank], v[rank]]), outs[rank]]
+            for name, expected in zip(("qkv", "o"), own, strict=True):
+                torch.testing.assert_close(found[rank][f"{layer}.{name}"], expected, atol=2e-3, rtol=2e-3)
+
+
+def _attention_weights(rank: int, port: int, folder: Path) -> dict[str, torch.Tensor]:
+    model = vllm_host.load(vllm_host.config(folder, tensor=2), rank, port)
+    found = {}
+    for number, layer in enumerate(model.model.layers):
+        for name in ("qkv", "o"):
+            linear = getattr(layer.self_attn, f"{name}_proj")
+            eye = torch.eye(linear.input_size_per_partition, dtype=torch.float16)
+            found[f"{number}.{name}"] = linear.quant_method.apply(linear, eye).T.float()
+    return found
