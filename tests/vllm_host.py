@@ -41,6 +41,8 @@ vllm.platforms._current_platform = HostPlatform()
 from vllm import _custom_ops  # noqa: E402
 from vllm.config import (  # noqa: E402
     CompilationConfig,
+    CompilationMode,
+    CUDAGraphMode,
     DeviceConfig,
     LoadConfig,
     ModelConfig,
@@ -52,7 +54,9 @@ from vllm.distributed import parallel_state  # noqa: E402
 from vllm.forward_context import set_forward_context  # noqa: E402
 from vllm.model_executor.layers.attention import Attention, MLAAttention, mla_attention  # noqa: E402
 from vllm.model_executor.model_loader import get_model_loader  # noqa: E402
+from vllm.model_executor.model_loader.utils import initialize_model  # noqa: E402
 from vllm.model_executor.models import registry  # noqa: E402
+from vllm.utils.torch_utils import set_default_torch_dtype  # noqa: E402
 
 
 class Backend:
@@ -120,7 +124,8 @@ def _topk(score: Callable[[torch.Tensor], torch.Tensor]) -> Callable[..., None]:
         logits: torch.Tensor,
         renormalize: bool = False,
         bias: torch.Tensor | None = None,
-        *more: Any,
+        *arguments: Any,
+        **more: Any,
     ) -> None:
         scores = score(logits.float())
         chosen = (scores if bias is None else scores + bias).topk(weights.shape[1]).indices
@@ -140,11 +145,28 @@ _custom_ops.topk_softmax = _topk(lambda logits: logits.softmax(-1))
 _custom_ops.topk_sigmoid = _topk(torch.sigmoid)
 
 
-def config(folder: Path, tensor: int = 1, pipeline: int = 1, experts: bool = False, **more: Any) -> VllmConfig:
-    """vLLM's configuration of a server of this folder."""
+def config(
+    folder: Path, tensor: int = 1, pipeline: int = 1, experts: bool = False, compiled: bool = False, **more: Any
+) -> VllmConfig:
+    """vLLM's configuration of a server of this folder.
+
+    Args:
+        folder: the model.
+        tensor: GPUs of tensor parallelism.
+        pipeline: its stages.
+        experts: whether experts are spread instead of cut.
+        compiled: whether vLLM traces the model with torch.compile and cuts it at attention, as it does by default.
+        more: fields of `ModelConfig`, and `load_format`.
+    """
+    tracing: dict[str, Any] = {}
+    if compiled:
+        eager = {"backend": "eager", "cudagraph_mode": CUDAGraphMode.NONE, "compile_sizes": []}
+        tracing = {"mode": CompilationMode.VLLM_COMPILE, **eager}
     options = {"dtype": "float16", "load_format": "auto", **more}
     load = LoadConfig(load_format=options.pop("load_format"))
-    model = ModelConfig(model=str(folder), skip_tokenizer_init=True, max_model_len=64, enforce_eager=True, **options)
+    model = ModelConfig(
+        model=str(folder), skip_tokenizer_init=True, max_model_len=64, enforce_eager=not compiled, **options
+    )
     parallel = ParallelConfig(
         tensor_parallel_size=tensor, pipeline_parallel_size=pipeline, enable_expert_parallel=experts
     )
@@ -153,20 +175,32 @@ def config(folder: Path, tensor: int = 1, pipeline: int = 1, experts: bool = Fal
         load_config=load,
         parallel_config=parallel,
         device_config=DeviceConfig("cpu"),
-        compilation_config=CompilationConfig(custom_ops=["none"]),
+        compilation_config=CompilationConfig(custom_ops=["none"], **tracing),
     )
 
 
-def load(settings: VllmConfig, rank: int = 0, port: int | None = None) -> torch.nn.Module:
-    """This rank's model, loaded as vLLM loads it."""
+def start(settings: VllmConfig, rank: int, port: int) -> None:
+    """Join the other ranks' process groups."""
     parallel = settings.parallel_config
     with set_current_vllm_config(settings):
-        parallel_state.init_distributed_environment(
-            parallel.world_size, rank, f"tcp://127.0.0.1:{port or free_port()}", rank, "gloo"
-        )
+        address = f"tcp://127.0.0.1:{port}"
+        parallel_state.init_distributed_environment(parallel.world_size, rank, address, rank, "gloo")
         parallel_state.initialize_model_parallel(parallel.tensor_parallel_size, parallel.pipeline_parallel_size)
+
+
+def load(settings: VllmConfig, rank: int, port: int) -> torch.nn.Module:
+    """This rank's model, loaded as vLLM loads it."""
+    start(settings, rank, port)
+    with set_current_vllm_config(settings):
         loader = get_model_loader(settings.load_config)
         return loader.load_model(vllm_config=settings, model_config=settings.model_config)
+
+
+def build(settings: VllmConfig, rank: int, port: int) -> torch.nn.Module:
+    """This rank's model, without weights."""
+    start(settings, rank, port)
+    with set_current_vllm_config(settings), set_default_torch_dtype(settings.model_config.dtype):
+        return initialize_model(vllm_config=settings)
 
 
 @torch.inference_mode()

@@ -19,7 +19,8 @@ from transformers import AutoModelForCausalLM
 
 import builders
 from milo.checkpoint.compressed import CompressedCheckpoint
-from milo.errors import FormatError, MiloError, ServingError
+from milo.errors import CheckpointError, FormatError, ServingError
+from milo.format.shards import Span
 
 pytest.importorskip("vllm", exc_type=ImportError)
 if torch.cuda.is_available():
@@ -27,6 +28,8 @@ if torch.cuda.is_available():
 
 import vllm_host
 from milo.integrations.vllm import register, versions
+from milo.integrations.vllm.config import MiloQuantizationConfig
+from milo.integrations.vllm.pieces import Piece, share
 
 pytestmark = pytest.mark.vllm
 
@@ -54,6 +57,7 @@ MODELS: dict[str, dict[str, Any]] = {
 LAYOUTS = [
     ("mixtral", {}),
     ("mixtral", {"dtype": "bfloat16"}),
+    ("mixtral", {"compiled": True}),
     ("mixtral", {"tensor": 2}),  # 192 of 384: whole groups; keys and values a head a rank
     ("mixtral", {"tensor": 4}),  # 96 of 384: one and a half groups; heads of keys and values held twice
     ("mixtral", {"pipeline": 2}),
@@ -148,3 +152,121 @@ def _attention_weights(rank: int, port: int, folder: Path) -> dict[str, torch.Te
             eye = torch.eye(linear.input_size_per_partition, dtype=torch.float16)
             found[f"{number}.{name}"] = linear.quant_method.apply(linear, eye).T.float()
     return found
+
+
+def test_weights_are_made_up_where_there_are_none(made: Made, tmp_path: Path) -> None:
+    """`--load-format dummy`, with which benchmarks run sizes that nobody has compressed."""
+    (tmp_path / "config.json").write_text((made("mixtral")[0] / "config.json").read_text())
+    logits = vllm_host.logits(tmp_path, TOKENS, load_format="dummy", tensor=2, experts=True)
+    assert logits.isfinite().all()
+    assert logits.std() > 0
+
+
+# ------------------------------------------------------------------------------------------------------- refusals
+
+
+def test_a_version_that_was_not_tested_is_refused_when_a_folder_is_opened() -> None:
+    assert versions.supported()
+    assert [v for v in ("0.25.1", "0.26.0", "0.33.4", "0.34.0", "1.0", "dev") if versions.supported(v)] == [
+        "0.26.0",
+        "0.33.4",
+    ]
+    with pytest.raises(ServingError, match=r"0\.26 to 0\.33.*pip install"):
+        versions.RefusingConfig.from_config({"quant_method": "milo"})
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        ({"plan_sha256": "0"}, "edited or damaged"),
+        ({"format_version": 99}, "upgrade with"),
+        ({"quant_method": "other"}, "not compressed with MiLo"),
+    ],
+)
+def test_a_plan_that_was_tampered_with_is_refused(damage: dict[str, Any], message: str, made: Made) -> None:
+    stored = json.loads((made("mixtral")[0] / "config.json").read_text())["quantization_config"]
+    with pytest.raises(FormatError, match=message):
+        MiloQuantizationConfig.from_config(stored | damage)
+
+
+def test_a_damaged_folder_is_refused_before_anything_is_loaded(made: Made, tmp_path: Path) -> None:
+    folder = builders.copied(made("mixtral")[0], tmp_path / "copy")
+    config = MiloQuantizationConfig.from_config(json.loads((folder / "config.json").read_text())["quantization_config"])
+    config.maybe_update_config(str(folder))
+    weights = folder / "model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:-100])
+    with pytest.raises(CheckpointError, match="truncated"):
+        config.maybe_update_config(str(folder))
+    weights.write_bytes(whole.replace(b"w2.weight_zero", b"w2.weight_nero", 1))
+    with pytest.raises(FormatError, match=r"lacks .*weight_zero"):
+        config.maybe_update_config(str(folder))
+
+
+def test_cuts_inside_a_block_name_what_would_fit() -> None:
+    with pytest.raises(ServingError, match=r"leaves 112 of its 448.*--tensor-parallel-size 1 or 2"):
+        share("w1", "out-features", 448, 112, 0, 4)
+    assert share("k_proj", "out-features", 64, 32, 3, 4) == Span(32, 64, 64)  # two heads, four ranks
+
+
+@pytest.mark.parametrize(
+    ("knobs", "message"),
+    [
+        ({"bits": 8}, "experts have codes of 3 or 4 bits"),
+        ({"bits": 2}, r"codes of 2 bits .* not supported"),
+        ({"factor": "int8"}, r"int8 compensators .* not supported"),
+    ],
+)
+def test_what_no_kernel_computes_is_refused_while_the_model_is_built(
+    knobs: dict[str, Any], message: str, made: Made, tmp_path: Path
+) -> None:
+    builders.compress(made("mixtral")[0].parent / "source", tmp_path / "out", ranks="dense:8", rounds=1, **knobs)
+    with pytest.raises(RuntimeError, match=rf"ServingError: .*{message}"):
+        vllm_host.in_processes(_build, 1, tmp_path / "out", 1)
+
+
+def test_experts_that_cannot_be_cut_are_refused_while_the_model_is_built(made: Made) -> None:
+    with pytest.raises(RuntimeError, match=r"ServingError: .*leaves 48 of its 192.*--tensor-parallel-size 1 or 2"):
+        vllm_host.in_processes(_build, 4, made("olmoe")[0], 4)
+
+
+def _build(rank: int, port: int, folder: Path, tensor: int) -> None:
+    vllm_host.build(vllm_host.config(folder, tensor=tensor), rank, port)
+
+
+def test_a_matrix_that_vllm_has_no_module_for_is_refused(made: Made) -> None:
+    stored = json.loads((made("mixtral")[0] / "config.json").read_text())["quantization_config"]
+    config = MiloQuantizationConfig.from_config(stored)
+    config.sources("model.layers.0.self_attn.qkv_proj")
+    with pytest.raises(ServingError, match=r"no module for model\.layers\.0"):
+        config.check_complete()
+
+
+def test_tensors_are_checked_against_the_plan(made: Made) -> None:
+    checkpoint = CompressedCheckpoint(made("mixtral")[0])
+    row = checkpoint.plan.by_name["model.layers.0.self_attn.q_proj"]
+    tensors = checkpoint.matrix(row, 0)
+    piece = Piece(row, 0, Span.all(128), Span(32, 64, 128), torch.device("cpu"))
+    piece.add("weight_packed", tensors["weight_packed"])
+    assert f"{row.name}.weight_packed" not in piece.missing
+    with pytest.raises(FormatError, match="comes twice"):
+        piece.add("weight_packed", tensors["weight_packed"])
+    with pytest.raises(FormatError, match="promises no such tensor"):
+        piece.add("weight_packed_hi", tensors["weight_packed"])
+    with pytest.raises(FormatError, match="damaged or mixed"):
+        piece.add("weight_scale", tensors["weight_scale"][:, :1])
+
+
+def test_a_tensor_that_does_not_come_is_named(made: Made, tmp_path: Path) -> None:
+    """Where the folder's own check did not see it: a loader that skips tensors."""
+    name = "model.layers.1.block_sparse_moe.experts.3.w2.weight_zero"
+    with pytest.raises(RuntimeError, match=f"FormatError: {name}"):
+        vllm_host.in_processes(_load_all_but, 1, made("mixtral")[0], name)
+
+
+def _load_all_but(rank: int, port: int, folder: Path, left_out: str) -> None:
+    model = vllm_host.build(vllm_host.config(folder), rank, port)
+    weights = load_file(folder / "model.safetensors")
+    model.load_weights((name, tensor) for name, tensor in weights.items() if name != left_out)
+    experts = model.model.layers[1].block_sparse_moe.experts.routed_experts
+    experts.quant_method.process_weights_after_loading(experts)

@@ -17,7 +17,7 @@ from vllm.config import get_current_vllm_config
 from vllm.model_executor.layers.fused_moe import FusedMoEConfig, FusedMoEMethodBase, RoutedExperts
 
 from milo import ops
-from milo.errors import ServingError
+from milo.errors import FormatError, ServingError
 from milo.format.matrix import FACTOR_GROUP
 from milo.format.shards import Span
 from milo.integrations.vllm.config import MiloQuantizationConfig, Source
@@ -104,6 +104,8 @@ class MiloExpertsMethod(FusedMoEMethodBase):
         local = layer.expert_map_manager.map_global_to_local(expert_id)
         if local == -1:
             return False if return_success else None
+        if hasattr(layer, "milo_down"):
+            raise FormatError(f"{weight_name} comes twice; a running model's weights cannot be replaced")
         self._waiting.add(self._pieces[shard_id][local], suffix, loaded_weight)
         if self._waiting.over:
             self._finish(layer)
@@ -115,6 +117,7 @@ class MiloExpertsMethod(FusedMoEMethodBase):
         layer.milo_gate_up = PackedWeight(repack(parts, gate.encoding, gate.shape))
         del parts
         layer.milo_down = PackedWeight(repack([[p.take() for p in self._pieces["w2"]]], down.encoding, down.shape))
+        self._pieces = {}
         prepare(layer.milo_gate_up.matrix, self._dtype)
         prepare(layer.milo_down.matrix, self._dtype)
 

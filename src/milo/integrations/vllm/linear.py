@@ -151,6 +151,8 @@ class MiloLinearMethod(LinearMethodBase):
         loaded_shard_id: str | int | None = None,
     ) -> None:
         self._config.check_complete()
+        if hasattr(layer, "milo"):
+            raise FormatError(f"{suffix} of {layer.prefix} comes twice; a running model's weights cannot be replaced")
         if not self._pieces:
             stored = getattr(loaded_weight, "milo_name", None)
             if stored is None:
@@ -169,6 +171,7 @@ class MiloLinearMethod(LinearMethodBase):
         for piece in self._pieces:
             parts.append(DensePart(piece) if isinstance(piece, DensePiece) else CompressedPart(piece, self._dtype))
         layer.milo = nn.ModuleList(parts)
+        self._pieces = []
 
     def process_weights_after_loading(self, layer: LinearBase) -> None:
         """Weights were packed when the last of them came; here they are made up, if that was asked for.

@@ -138,7 +138,6 @@ class Piece:
         self.rank = row.ranks[member]
         self._specs = row.encoding.tensors(row.shape, self.rank)
         self._tensors: Tensors = {}
-        self._taken = False
         fits, reason = supports(self.encoding, self.shape)
         if not fits:
             raise ServingError(f"vLLM cannot serve {self.name}: {reason}; compress the model again without them")
@@ -159,8 +158,8 @@ class Piece:
         Raises:
             FormatError: the plan promises no such tensor, or it has come before.
         """
-        if suffix in self._tensors or self._taken:
-            raise FormatError(f"{self.name}.{suffix} comes twice; weights of a running model cannot be replaced")
+        if suffix in self._tensors:
+            raise FormatError(f"{self.name}.{suffix} comes twice out of the checkpoint")
         spec = self._specs.get(suffix)
         if spec is None or tuple(tensor.shape) != spec.shape or tensor.dtype != TORCH_DTYPES[spec.dtype]:
             promised = f"{spec.dtype} {spec.shape}" if spec else "no such tensor"
@@ -180,5 +179,5 @@ class Piece:
 
     def take(self) -> Tensors:
         """The shard's tensors, of `shape` and `encoding`, which are let go here."""
-        tensors, self._tensors, self._taken = self._tensors, {}, True
+        tensors, self._tensors = self._tensors, {}
         return pad_columns(tensors, self.encoding, self.columns.stored, self.shape[1]) if self.tail else tensors
