@@ -162,11 +162,9 @@ def config(
     if compiled:
         eager = {"backend": "eager", "cudagraph_mode": CUDAGraphMode.NONE, "compile_sizes": []}
         tracing = {"mode": CompilationMode.VLLM_COMPILE, **eager}
-    options = {"dtype": "float16", "load_format": "auto", **more}
+    options = {"dtype": "float16", "load_format": "auto", "max_model_len": 64, **more}
     load = LoadConfig(load_format=options.pop("load_format"))
-    model = ModelConfig(
-        model=str(folder), skip_tokenizer_init=True, max_model_len=64, enforce_eager=not compiled, **options
-    )
+    model = ModelConfig(model=str(folder), skip_tokenizer_init=True, enforce_eager=not compiled, **options)
     parallel = ParallelConfig(
         tensor_parallel_size=tensor, pipeline_parallel_size=pipeline, enable_expert_parallel=experts
     )

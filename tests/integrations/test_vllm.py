@@ -44,11 +44,13 @@ LATENT = {
     "n_routed_experts": 4, "n_shared_experts": 2, "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1,
 }  # fmt: skip
 MODELS: dict[str, dict[str, Any]] = {
-    "mixtral": {"num_local_experts": 4, "intermediate_size": 384},
+    "mixtral": {"num_local_experts": 4, "intermediate_size": 384, "tie_word_embeddings": True},
     "qwen2_moe": {"num_experts": 4, "shared_expert_intermediate_size": 192, "norm_topk_prob": False},
     "qwen3_moe": {"num_experts": 4, "norm_topk_prob": True, "mlp_only_layers": [0]},
     "olmoe": {"num_experts": 4, "norm_topk_prob": False},
-    "deepseek_v2": {**LATENT, "q_lora_rank": None, "topk_method": "greedy", "norm_topk_prob": False},
+    "deepseek_v2": {  # vLLM's ignores that the head is tied
+        **LATENT, "q_lora_rank": None, "topk_method": "greedy", "norm_topk_prob": False, "tie_word_embeddings": True,
+    },
     "deepseek_v3": {
         **LATENT, "q_lora_rank": 64, "topk_method": "noaux_tc", "scoring_func": "sigmoid", "norm_topk_prob": True,
         "routed_scaling_factor": 1.5,

@@ -19,6 +19,7 @@ import torch
 from vllm.model_executor.layers.fused_moe import RoutedExperts
 from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 
 from milo.checkpoint.compressed import CompressedCheckpoint, plan_from_config
 from milo.checkpoint.roles import LAYER_INDEX
@@ -73,7 +74,8 @@ class MiloQuantizationConfig(QuantizationConfig):
         self._mappers: list[Any] = []
         self._claimed: set[str] = set()
         self._stacks: dict[str, Stack] = {}
-        self._unnamed = self._checked = False
+        self._heads: list[str] = []
+        self._unnamed = self._checked = self._tied = False
 
     @classmethod
     def get_name(cls) -> str:
@@ -107,6 +109,7 @@ class MiloQuantizationConfig(QuantizationConfig):
             FormatError: shards of another plan, tensors that are not what the plan says.
             ServingError: the kernels cannot be compiled here.
         """
+        self._tied = bool(getattr(hf_config, "tie_word_embeddings", False))
         if torch.version.hip is not None:
             raise ServingError("MiLo's kernels need an NVIDIA GPU; this PyTorch is built for ROCm")
         if torch.version.cuda is not None and importlib.util.find_spec("cuda.bindings") is None:
@@ -149,6 +152,8 @@ class MiloQuantizationConfig(QuantizationConfig):
             )
             if any(source.row for source in sources):
                 return MiloExpertsMethod(self, layer.moe_config, prefix, sources)
+        if isinstance(layer, ParallelLMHead) and self._tied:
+            self._heads.append(prefix)
         return None
 
     def sources(self, prefix: str) -> list[Source]:
@@ -187,7 +192,8 @@ class MiloQuantizationConfig(QuantizationConfig):
 
     def get_cache_scale_mapper(self) -> NamingMapper:
         """The mapper through which vLLM sends every tensor of the checkpoint."""
-        return NamingMapper(**vars(QuantizationConfig.get_cache_scale_mapper()), stacks=self._stacks)
+        vllms = vars(QuantizationConfig.get_cache_scale_mapper())
+        return NamingMapper(**vllms, stacks=self._stacks, heads=self._heads)
 
     @property
     def _merged(self) -> dict[str, Sequence[str]]:

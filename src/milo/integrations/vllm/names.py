@@ -1,16 +1,18 @@
 """Between the checkpoint's tensors and vLLM's loaders: names that vLLM's models would not understand.
 
 `AutoWeightsLoader` sends every tensor through the mapper that a quantisation config offers it (for scales of the
-key-value cache). Ours does two more things on the way:
+key-value cache). Ours does three more things on the way:
 
 * a stack, one tensor of all experts, becomes a tensor an expert under the names that per-expert checkpoints have;
 * every tensor carries its name along, for layers that vLLM builds without telling a method where they stand
-  (attention of the first DeepSeek-MoE).
+  (attention of the first DeepSeek-MoE);
+* a head that is tied to the embedding gets the embedding's weights: of some models (DeepSeek-V2) vLLM ignores
+  `tie_word_embeddings` and leaves the head as it was allocated.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -48,20 +50,29 @@ class NamingMapper(WeightsMapper):
 
     Attributes:
         stacks: by the stored matrix's name; filled while the model is built.
+        heads: paths of heads that share the embedding's weights.
     """
 
     stacks: Mapping[str, Stack] = field(default_factory=dict)
+    heads: Sequence[str] = ()
 
     def __or__(self, other: WeightsMapper) -> NamingMapper:
-        return NamingMapper(**vars(super().__or__(other)), stacks=self.stacks)
+        return NamingMapper(**vars(super().__or__(other)), stacks=self.stacks, heads=self.heads)
 
     def __ror__(self, other: WeightsMapper) -> NamingMapper:
-        return NamingMapper(**vars(other.__or__(self)), stacks=self.stacks)
+        return NamingMapper(**vars(other.__or__(self)), stacks=self.stacks, heads=self.heads)
 
     def apply(self, weights: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
+        tied: dict[str, torch.Tensor] = {}
         for name, tensor in super().apply(self._split(weights)):
             tensor.milo_name = name
             yield name, tensor
+            # Models send tensors on to their parts, and these through here again: a head's own model is meant.
+            if name.endswith(".embed_tokens.weight"):
+                own = [head for head in self.heads if name.startswith(head.rpartition("lm_head")[0])]
+                tied |= {f"{head}.weight": tensor.view_as(tensor) for head in own}
+            tied.pop(name, None)
+        yield from tied.items()
 
     def _split(self, weights: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
         for name, tensor in weights:
