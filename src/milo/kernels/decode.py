@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 
 import torch
@@ -66,11 +67,18 @@ def prepare(weight: PackedMatrix, dtype: torch.dtype) -> None:
     Raises:
         KernelError: a kernel does not compile or load.
     """
-    device = weight.codes.device.index
-    configs = _fitting(CONFIGS, weight.bits, weight.halves, device)
-    with torch.cuda.device(device):
-        for config in configs:
-            _kernels(config, weight.bits, weight.halves, dtype == torch.bfloat16, device)
+    _prepared(weight.bits, weight.halves, dtype == torch.bfloat16, weight.codes.device.index)
+
+
+@cache
+def _prepared(bits: int, halves: int, b16: bool, device: int) -> None:
+    def compile_and_load(config: Config) -> None:
+        with torch.cuda.device(device):
+            _kernels(config, bits, halves, b16, device)
+
+    configs = _fitting(CONFIGS, bits, halves, device)
+    with ThreadPoolExecutor(len(configs), "nvrtc") as pool:  # the compiler runs without Python's lock
+        list(pool.map(compile_and_load, configs))
 
 
 def linear(

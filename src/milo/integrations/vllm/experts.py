@@ -68,6 +68,7 @@ class MiloExpertsMethod(FusedMoEMethodBase):
         device = torch.get_default_device()
         check_kernels(device, params_dtype, num_experts, self.moe.experts_per_token)
         self._dtype, self._dummy = params_dtype, is_dummy(get_current_vllm_config())
+        self._locals = _local_experts(layer, self.moe.num_logical_experts)
         for key, row in self._rows.items():
             name = f"{self._prefix}.{key}"
             features = row.shape[0] if key == "w2" else row.shape[1]
@@ -79,8 +80,7 @@ class MiloExpertsMethod(FusedMoEMethodBase):
                 spans = across, share(name, "in-features", row.shape[1], inner, rank, ranks)
             else:
                 spans = self._sources[key].rows(name, inner, rank, ranks), across
-            experts = _local_experts(layer, len(row.ranks))
-            self._pieces[key] = [Piece(row, expert, *spans, device) for expert in experts]
+            self._pieces[key] = [Piece(row, expert, *spans, device) for expert in self._locals]
         if layer.apply_router_weight_on_input:
             raise ServingError(f"the vLLM plugin cannot serve {self._prefix}: router weights on the experts' inputs")
         self._waiting = Waiting([piece for pieces in self._pieces.values() for piece in pieces])
@@ -101,8 +101,8 @@ class MiloExpertsMethod(FusedMoEMethodBase):
         return_success: bool = False,
     ) -> bool | None:
         self._config.check_complete()
-        local = layer.expert_map_manager.map_global_to_local(expert_id)
-        if local == -1:
+        local = self._locals.get(expert_id)
+        if local is None:
             return False if return_success else None
         if hasattr(layer, "milo_down"):
             raise FormatError(f"{weight_name} comes twice; a running model's weights cannot be replaced")
@@ -181,8 +181,7 @@ def _why_not_halves(up: Source) -> str:
     return "" if up.first % FACTOR_GROUP == 0 else f"gate and up of {up.first} out-features each in one matrix"
 
 
-def _local_experts(layer: RoutedExperts, experts: int) -> list[int]:
-    """The numbers of this rank's experts, in the order in which they stand here."""
-    found = {layer.expert_map_manager.map_global_to_local(expert): expert for expert in range(experts)}
-    found.pop(-1, None)
-    return [found[i] for i in range(len(found))]
+def _local_experts(layer: RoutedExperts, experts: int) -> dict[int, int]:
+    """Where this rank's experts stand, by their numbers in the model, in order."""
+    found = {expert: layer.expert_map_manager.map_global_to_local(expert) for expert in range(experts)}
+    return dict(sorted(((e, place) for e, place in found.items() if place != -1), key=lambda item: item[1]))
