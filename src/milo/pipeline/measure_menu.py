@@ -79,7 +79,7 @@ def measure_menu(
     with one_thread():
         try:
             for row in rows:
-                for members in pieces(row):
+                for members in pieces(row, device):
                     flying.append((row, members, pool.submit(solve, row, members)))
                     if len(flying) > workers:
                         land()
