@@ -22,14 +22,18 @@ from milo.checkpoint.compressed import CompressedCheckpoint
 from milo.errors import CheckpointError, FormatError, ServingError
 from milo.format.shards import Span
 
-pytest.importorskip("vllm", exc_type=ImportError)
+vllm = pytest.importorskip("vllm", exc_type=ImportError)
 if torch.cuda.is_available():
     pytest.skip("stands in for vLLM's platform: tests/gpu/test_vllm.py is the one for GPUs", allow_module_level=True)
 
-import vllm_host
-from milo.integrations.vllm import register, versions
-from milo.integrations.vllm.config import MiloQuantizationConfig
-from milo.integrations.vllm.pieces import Piece, share
+from vllm.model_executor.models.utils import WeightsMapper  # noqa: E402
+
+import vllm_host  # noqa: E402
+from milo.integrations.vllm import register, start, versions  # noqa: E402
+from milo.integrations.vllm.config import MiloQuantizationConfig  # noqa: E402
+from milo.integrations.vllm.names import NamingMapper  # noqa: E402
+from milo.integrations.vllm.pieces import Piece, share  # noqa: E402
+from milo.integrations.vllm.refusing import RefusingConfig  # noqa: E402
 
 pytestmark = pytest.mark.vllm
 
@@ -168,13 +172,9 @@ def test_weights_are_made_up_where_there_are_none(made: Made, tmp_path: Path) ->
 
 
 def test_a_version_that_was_not_tested_is_refused_when_a_folder_is_opened() -> None:
-    assert versions.supported()
-    assert [v for v in ("0.25.1", "0.26.0", "0.33.4", "0.34.0", "1.0", "dev") if versions.supported(v)] == [
-        "0.26.0",
-        "0.33.4",
-    ]
+    assert versions.supported(vllm.__version__)
     with pytest.raises(ServingError, match=r"0\.26 to 0\.33.*pip install"):
-        versions.RefusingConfig.from_config({"quant_method": "milo"})
+        RefusingConfig.from_config({"quant_method": "milo"})
 
 
 @pytest.mark.parametrize(
@@ -234,6 +234,26 @@ def test_experts_that_cannot_be_cut_are_refused_while_the_model_is_built(made: M
 
 def _build(rank: int, port: int, folder: Path, tensor: int) -> None:
     vllm_host.build(vllm_host.config(folder, tensor=tensor), rank, port)
+
+
+def test_a_gpu_without_kernels_is_refused_before_a_weight_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(start.decode, "supports", lambda *arguments: (False, "sm_75 is older than sm_80"))
+    start.check_kernels(torch.device("cpu"), torch.float16)
+    with pytest.raises(ServingError, match=r"sm_75 is older than sm_80; `milo doctor`"):
+        start.check_kernels(torch.device("cuda", 0), torch.float16)
+
+
+@pytest.mark.parametrize("order", [("embed", "head"), ("head", "embed")])
+def test_a_head_is_tied_only_where_the_checkpoint_has_none(order: tuple[str, ...]) -> None:
+    names = {"embed": "model.embed_tokens.weight", "head": "lm_head.weight"}
+    tensors = {key: torch.full((2, 2), float(i)) for i, key in enumerate(names)}
+    mapper = WeightsMapper() | NamingMapper(heads=["lm_head"]) | WeightsMapper()
+    found = list(mapper.apply((names[key], tensors[key]) for key in order))
+    assert [name for name, _ in found] == [names[key] for key in order]
+    alone = dict(mapper.apply([(names["embed"], tensors["embed"])]))
+    assert torch.equal(alone["lm_head.weight"], tensors["embed"])
+    # What a model sends on to its parts goes through the mapper again.
+    assert [name for name, _ in mapper.apply([("embed_tokens.weight", tensors["embed"])])] == ["embed_tokens.weight"]
 
 
 def test_a_matrix_that_vllm_has_no_module_for_is_refused(made: Made) -> None:

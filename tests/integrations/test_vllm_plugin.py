@@ -7,6 +7,8 @@ import tomllib
 from importlib.metadata import EntryPoint
 from pathlib import Path
 
+from milo.integrations.vllm.versions import supported
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -26,5 +28,10 @@ def test_only_the_plugins_own_modules_import_vllm_and_its_package_does_not() -> 
             if any((name or "").split(".")[0] == "vllm" for name in names):
                 importing.add(file)
     plugin = ROOT / "src" / "milo" / "integrations" / "vllm"
-    assert importing <= set(plugin.glob("*.py")) - {plugin / "__init__.py"}
+    assert importing <= set(plugin.glob("*.py")) - {plugin / "__init__.py", plugin / "versions.py"}
     assert plugin / "config.py" in importing
+
+
+def test_versions_between_the_tested_ones_are_served_on() -> None:
+    asked = ["0.25.1", "0.26", "0.27.1", "0.33.4+cu130", "0.34.0", "1.0", "dev"]
+    assert [version for version in asked if supported(version)] == ["0.26", "0.27.1", "0.33.4+cu130"]

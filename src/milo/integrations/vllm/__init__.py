@@ -15,22 +15,23 @@ the stored tensors' names, whose loaders cut this rank's shard out of each tenso
 the device. As soon as the last tensor of a layer is there, the layer is moved to the kernels' layout and the
 tensors are let go: beside the packed model there is never more than what belongs to unfinished layers.
 
-Importing this package imports no vLLM; its modules do.
+Importing this package imports no vLLM; its modules do, but for `versions`.
 """
 
 from __future__ import annotations
+
+from milo.integrations.vllm.versions import supported
 
 QUANTIZATION = "milo"
 
 
 def register() -> None:
     """Make vLLM know the method; may be called any number of times."""
+    import vllm
     from vllm.model_executor.layers.quantization import register_quantization_config
 
-    from milo.integrations.vllm import versions
-
-    if versions.supported():
+    if supported(vllm.__version__):
         from milo.integrations.vllm.config import MiloQuantizationConfig as config
     else:
-        from milo.integrations.vllm.versions import RefusingConfig as config
+        from milo.integrations.vllm.refusing import RefusingConfig as config
     register_quantization_config(QUANTIZATION)(config)

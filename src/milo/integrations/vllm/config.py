@@ -52,11 +52,10 @@ class Source:
     first: int = 0
     size: int | None = None
 
-    def rows(self, name: str, size: int, rank: int, ranks: int) -> Span:
+    def rows(self, size: int, rank: int, ranks: int) -> Span:
         """Stored out-features of one rank (see `share`)."""
         assert self.row is not None
-        total = self.size or self.row.shape[0]
-        own = share(name, "out-features", total, size, rank, ranks)
+        own = share(self.name, "out-features", self.size or self.row.shape[0], size, rank, ranks)
         return Span(self.first + own.begin, self.first + own.end, self.row.shape[0])
 
 
@@ -109,7 +108,8 @@ class MiloQuantizationConfig(QuantizationConfig):
             FormatError: shards of another plan, tensors that are not what the plan says.
             ServingError: the kernels cannot be compiled here.
         """
-        self._tied = bool(getattr(hf_config, "tie_word_embeddings", False))
+        text = getattr(hf_config, "text_config", None) or hf_config
+        self._tied = bool(getattr(text, "tie_word_embeddings", False))
         if torch.version.hip is not None:
             raise ServingError("MiLo's kernels need an NVIDIA GPU; this PyTorch is built for ROCm")
         if torch.version.cuda is not None and importlib.util.find_spec("cuda.bindings") is None:

@@ -70,7 +70,7 @@ class MiloExpertsMethod(FusedMoEMethodBase):
         self._dtype, self._dummy = params_dtype, is_dummy(get_current_vllm_config())
         self._locals = _local_experts(layer, self.moe.num_logical_experts)
         for key, row in self._rows.items():
-            name = f"{self._prefix}.{key}"
+            name = self._sources[key].name
             features = row.shape[0] if key == "w2" else row.shape[1]
             if features != hidden_size:
                 raise ServingError(f"{name} has {features} features, vLLM's layer {hidden_size}")
@@ -79,7 +79,7 @@ class MiloExpertsMethod(FusedMoEMethodBase):
             if key == "w2":
                 spans = across, share(name, "in-features", row.shape[1], inner, rank, ranks)
             else:
-                spans = self._sources[key].rows(name, inner, rank, ranks), across
+                spans = self._sources[key].rows(inner, rank, ranks), across
             self._pieces[key] = [Piece(row, expert, *spans, device) for expert in self._locals]
         if layer.apply_router_weight_on_input:
             raise ServingError(f"the vLLM plugin cannot serve {self._prefix}: router weights on the experts' inputs")

@@ -139,7 +139,7 @@ class MiloLinearMethod(LinearMethodBase):
                 shape = (out, ins)
                 self._pieces.append(DensePiece(source.name, shape, rank, ranks, self._dtype, self._device))
                 continue
-            rows = source.rows(source.name, out, rank, ranks)
+            rows = source.rows(out, rank, ranks)
             columns = share(source.name, "in-features", source.row.shape[1], ins, rank, ranks)
             self._pieces.append(Piece(source.row, 0, rows, columns, self._device))
         self._waiting = Waiting(self._pieces)
@@ -160,10 +160,9 @@ class MiloLinearMethod(LinearMethodBase):
             if stored is None:
                 raise ServingError("vLLM builds a layer without a name and loads it in a way the plugin cannot follow")
             self._bind(layer, self._config.sources(self._config.layer_of(stored.removesuffix(f".{suffix}"))))
-        if loaded_shard_id is None:
-            number = 0
-        else:
-            number = _SHARDS.index(loaded_shard_id) if isinstance(loaded_shard_id, str) else loaded_shard_id
+        if loaded_shard_id is None and len(self._pieces) > 1:
+            raise ServingError(f"{self._pieces[0].name} and its neighbours are stored as one tensor, which is not read")
+        number = _SHARDS.index(loaded_shard_id) if isinstance(loaded_shard_id, str) else loaded_shard_id or 0
         self._waiting.add(self._pieces[number], suffix, loaded_weight)
         if self._waiting.over:
             self._finish(layer)

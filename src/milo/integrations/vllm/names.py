@@ -64,15 +64,16 @@ class NamingMapper(WeightsMapper):
 
     def apply(self, weights: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
         tied: dict[str, torch.Tensor] = {}
+        own: set[str] = set()  # heads that the checkpoint stores after all
         for name, tensor in super().apply(self._split(weights)):
-            tensor.milo_name = name
+            if not hasattr(tensor, "milo_name"):  # models send tensors on to their parts, and these through here again
+                tensor.milo_name = name
             yield name, tensor
-            # Models send tensors on to their parts, and these through here again: a head's own model is meant.
+            own |= {head for head in self.heads if name == f"{head}.weight"}
             if name.endswith(".embed_tokens.weight"):
-                own = [head for head in self.heads if name.startswith(head.rpartition("lm_head")[0])]
-                tied |= {f"{head}.weight": tensor.view_as(tensor) for head in own}
-            tied.pop(name, None)
-        yield from tied.items()
+                inside = [head for head in self.heads if name.startswith(head.rpartition("lm_head")[0])]
+                tied |= {head: tensor.view_as(tensor) for head in inside}
+        yield from ((f"{head}.weight", tensor) for head, tensor in tied.items() if head not in own)
 
     def _split(self, weights: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
         for name, tensor in weights:
