@@ -132,7 +132,7 @@ def test_another_vllm_is_refused(
     compressed_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, version: str
 ) -> None:
     install(tmp_path, version, monkeypatch)
-    assert f"vLLM {version} is not one that MiLo was tested with (0.26 to 0.26): `pip install" in refusal(
+    assert f"vLLM {version} is not one that MiLo was tested with (0.26 to 0.33): `pip install" in refusal(
         compressed_folder
     )
 

@@ -21,17 +21,16 @@ from typing import Any
 
 import torch
 import yaml
-from packaging.version import InvalidVersion, Version
 
 from milo.checkpoint.compressed import CompressedCheckpoint
 from milo.checkpoint.inventory import TensorHead
-from milo.checkpoint.roles import LAYER_INDEX
+from milo.checkpoint.roles import LAYER_INDEX, Role
 from milo.errors import DeviceError, MiloError
 from milo.format.matrix import DTYPE_BYTES
+from milo.integrations.vllm.versions import RANGE, supported
 from milo.kernels import decode, layout
 from milo.plan.plan import Plan
 
-OLDEST, NEWEST = (0, 26), (0, 26)  # vLLM's minor versions that loading tests have passed with
 PLUGIN = "milo"  # our name in vLLM's entry points
 PLUGIN_GROUP = "vllm.general_plugins"
 MIN_CAPABILITY = (8, 0)
@@ -209,11 +208,9 @@ def missing(present: Sequence[Card]) -> list[str]:
         found.append("vLLM is not installed: `pip install 'milo-moe[vllm]'`")
     else:
         version = vllm_version()
-        if not _tested(version):
-            oldest, newest = (".".join(map(str, pair)) for pair in (OLDEST, NEWEST))
+        if not supported(version):
             found.append(
-                f"vLLM {version} is not one that MiLo was tested with ({oldest} to {newest}): "
-                f"`pip install 'milo-moe[vllm]'`"
+                f"vLLM {version} is not one that MiLo was tested with ({RANGE}): `pip install 'milo-moe[vllm]'`"
             )
         if not any(each.name == PLUGIN for each in importlib.metadata.entry_points(group=PLUGIN_GROUP)):
             found.append(
@@ -257,19 +254,13 @@ def check_kernels(plan: Plan) -> None:
         n, k = row.shape
         whole = max(layout.TILE, row.encoding.group_size) if row.encoding.planes > 1 else 1  # the plugin pads to it
         fits, reason = layout.supports(row.encoding, (n, k + -k % whole))
+        if fits and row.role is Role.EXPERT and row.encoding.planes > 1:
+            fits, reason = False, f"experts with codes of {row.encoding.bits} bits are not supported"
         if not fits:
             raise MiloError(
                 f"{row.name}: {reason} by our kernels; compress with --bits 3 or 4 and --factor int3 to serve it, or "
                 "use it in transformers as it is"
             )
-
-
-def _tested(version: str) -> bool:
-    try:
-        release = Version(version).release
-    except InvalidVersion:
-        return False
-    return OLDEST <= (*release, 0)[:2] <= NEWEST
 
 
 def _text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:

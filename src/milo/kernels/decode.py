@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 
 import torch
@@ -90,6 +91,30 @@ def supports(device: torch.device, dtype: torch.dtype, experts: int = 1, topk: i
     if experts > MAX_EXPERTS or topk > MAX_CHOICES:
         return False, f"at most {MAX_EXPERTS} local experts and {MAX_CHOICES} choices a token"
     return nvrtc.available()
+
+
+def prepare(weight: PackedMatrix, dtype: torch.dtype) -> None:
+    """Compile and load what any call with this matrix and activations of this dtype may launch.
+
+    Args:
+        weight: on the device.
+        dtype: float16 or bfloat16.
+
+    Raises:
+        KernelError: a kernel does not compile or load.
+    """
+    _prepared(weight.bits, weight.halves, dtype == torch.bfloat16, weight.codes.device.index)
+
+
+@cache
+def _prepared(bits: int, halves: int, b16: bool, device: int) -> None:
+    def compile_and_load(config: Config) -> None:
+        with torch.cuda.device(device):
+            _kernels(config, bits, halves, b16, device)
+
+    configs = _fitting(CONFIGS, bits, halves, device)
+    with ThreadPoolExecutor(len(configs), "nvrtc") as pool:  # the compiler runs without Python's lock
+        list(pool.map(compile_and_load, configs))
 
 
 def linear(
