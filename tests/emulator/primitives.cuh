@@ -230,10 +230,6 @@ inline int load_acquire(const int* p) { return *p; }
 inline void wait_until(const int* counter, int value) {
   while (*counter < value) emulator::give_way();
 }
-inline void warp_add(int* counter) {
-  __syncwarp();
-  if (threadIdx.x % WARP == 0) atomicAdd(counter, 1);
-}
 
 using Barrier = u64;  // arrivals a phase, arrivals so far, phases
 inline void barrier_init(Barrier* b, int count) { *b = static_cast<u64>(count) << 48; }

@@ -25,11 +25,13 @@ __device__ __forceinline__ float activate(int kind, float g) {
   return 0.5f * g * (1 + erff(0.7071067811865476f * g));
 }
 
-// One warp. Calls `f(token of the item, row)` for rows 0 .. 32 * RUNS - 1, 32 of them at a time.
+// The team. Calls `f(token of the item, row)` for rows 0 .. 32 * RUNS - 1, 32 of them a warp at a time.
 template <int RUNS, typename F>
 __device__ __forceinline__ void for_rows(int count, F f) {
 #pragma unroll 1
-  for (int turn = 0; turn < RUNS * count; ++turn) f(turn / RUNS, turn % RUNS * 32 + static_cast<int>(threadIdx.x % WARP));
+  for (int turn = team_thread() / WARP; turn < RUNS * count; turn += TEAM / WARP) {
+    f(turn / RUNS, turn % RUNS * 32 + static_cast<int>(threadIdx.x % WARP));
+  }
 }
 
 // The blocks behind this one whose sums belong to the stretch of the line that ends at `end`. Their counters are looked
@@ -42,10 +44,10 @@ struct Carriers {
 #pragma unroll 1
     while (end < static_cast<int>(gridDim.x) && cut(end) < sum_end) ++end;
 #pragma unroll 1
-    for (int b = blockIdx.x + 1 + threadIdx.x % WARP; b < end; b += WARP) {
+    for (int b = blockIdx.x + 1 + team_thread(); b < end; b += TEAM) {
       if (carries(b)) wait_until(counters(p).carried + b, 1);
     }
-    __syncwarp();
+    team_sync();
   }
   __device__ __forceinline__ bool carries(int block) const {  // one may have V alone
     return block < end && cut(block) < cut(block + 1);
@@ -54,7 +56,7 @@ struct Carriers {
   template <typename At>
   __device__ __forceinline__ void add(const Params& p, int count, float* sums, At at) const {
 #pragma unroll 1
-    for (int first = threadIdx.x % WARP; first < count * 16; first += 4 * WARP) {  // four runs of four rows a lane
+    for (int first = team_thread(); first < count * 16; first += 4 * TEAM) {  // four runs of four rows a thread
       float4 total[4] = {};
 #pragma unroll 2
       for (int b = blockIdx.x + 1; b < end; ++b) {
@@ -63,7 +65,7 @@ struct Carriers {
         float4 v[4] = {};
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-          if (first + i * WARP < count * 16) v[i] = __ldcg(from + first + i * WARP);
+          if (first + i * TEAM < count * 16) v[i] = __ldcg(from + first + i * TEAM);
         }
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
@@ -72,14 +74,14 @@ struct Carriers {
       }
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        const int run = first + i * WARP;
+        const int run = first + i * TEAM;
         if (run < count * 16) {
           float* to = sums + at(run / 16, run % 16 * 4);
           to[0] += total[i].x, to[1] += total[i].y, to[2] += total[i].z, to[3] += total[i].w;
         }
       }
     }
-    __syncwarp();
+    team_sync();
   }
 };
 
@@ -89,7 +91,7 @@ __device__ __forceinline__ void write_v(const Params& p, const Part& part, const
     const long long at = (part.split * static_cast<long long>(p.routing.pairs) + pair) * p.compensator.t_stride;
     __stcg(p.compensator.t + at + part.group * 64 + row, gather(slices, n, row));
   });
-  warp_add(counters(p).v_done + part.item);
+  team_add(counters(p).v_done + part.item);
 }
 
 // A unit to h (PARTS = 2) or to `partial`.
@@ -115,7 +117,7 @@ __device__ __forceinline__ void write(const Params& p, const Part& part, float* 
   if (part.first != 0) {
     float* carry = p.carry + static_cast<long long>(blockIdx.x) * SLICE;
     for_rows<2>(part.count, [&](int n, int row) { __stcg(carry + n * 64 + row, gather(slices, n, row)); });
-    warp_add(counters(p).carried + blockIdx.x);
+    team_add(counters(p).carried + blockIdx.x);
     return;
   }
   if (part.last != p.weights.ktiles) Carriers(p, part.from + p.quanta).add(p, part.count, slices, place);
@@ -163,7 +165,7 @@ __device__ __forceinline__ void add(const Params& p, const Part& part, const flo
       float* carry = p.carry + static_cast<long long>(blockIdx.x) * SLICE;
 #pragma unroll 1
       for (int i = lane; i < p.tokens * 64; i += WARP) __stcg(carry + i, scratch().sums[i]);
-      warp_add(counters(p).carried + blockIdx.x);
+      team_add(counters(p).carried + blockIdx.x);
     } else {
       if (!ends) {
         Carriers(p, (part.group + 1) * length).add(p, p.tokens, scratch().sums, [](int t, int row) { return t * 64 + row; });
@@ -259,26 +261,30 @@ __device__ __forceinline__ void work(const Params& p) {
       const bool alone = part.u_steps <= ALONE;
       add_factors<PARTS>(p, part, alone ? 0 : place, alone ? 1 : WARPS, total);
     }
-    // Nobody waits for the other warps but the one whose turn it is to add the slices up.
     const int buffer = number % BUFFERS, phase = number / BUFFERS;
     float* slices = reduction() + buffer * WARPS * SLICE;
-    if (phase) wait_phase(&scratch().empty[buffer], phase - 1);
+    if (TOGETHER) {
+      __syncthreads();  // the last part's slices have been read
+    } else if (phase) {
+      wait_phase(&scratch().empty[buffer], phase - 1);
+    }
     spread(total, slices + warp * SLICE);
-    warp_arrive(&scratch().full[buffer]);
+    if (!TOGETHER) warp_arrive(&scratch().full[buffer]);
     if (warp == 0 && number % WARP == LAG) {
       describe<ITEM_FIRST>(p, number - LAG + 2 * WARP);
       warp_arrive(&scratch().described);
     }
-    if (place == 0) {
-      wait_phase(&scratch().full[buffer], phase);
+    if (TOGETHER) __syncthreads();
+    if (TOGETHER || place == 0) {  // nobody else waits for the other warps
+      if (!TOGETHER) wait_phase(&scratch().full[buffer], phase);
       if (part.is_v()) {
         write_v(p, part, slices);
       } else if (PARTS == 1 && p.add_items) {
-        add(p, part, slices, number);
+        if constexpr (!TOGETHER) add(p, part, slices, number);
       } else {
         write<PARTS>(p, part, slices);
       }
-      warp_arrive(&scratch().empty[buffer]);
+      if (!TOGETHER) warp_arrive(&scratch().empty[buffer]);
     }
   }
   copy_wait<0>();

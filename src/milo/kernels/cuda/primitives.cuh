@@ -66,13 +66,6 @@ __device__ __forceinline__ void wait_until(const int* counter, int value) {
   while (load_acquire(counter) < value) __nanosleep(20);
 }
 
-// All threads of the warp: what they wrote before is visible to whoever sees the counter go up.
-__device__ __forceinline__ void warp_add(int* counter) {
-  __threadfence();
-  __syncwarp();
-  if (threadIdx.x % WARP == 0) atomicAdd(counter, 1);
-}
-
 // Barriers in shared memory, on which a warp may arrive without waiting. `count` arrivals end a phase; phases are
 // numbered from 0, and a warp is never more than one phase behind.
 using Barrier = u64;

@@ -204,8 +204,26 @@ __device__ __forceinline__ void multiply_tile(u32 at, u32 meta_at, int tiles, Ac
 // Where the sum for a token and a row stands in a slice of the reduction: without bank conflicts for those who spread
 // accumulators and for those who gather rows.
 __device__ __forceinline__ int place(int token, int row) { return token * 64 + (row ^ (token / 2 % 4 * 8)); }
-constexpr int SLICE = TOKENS * 64;            // floats
-constexpr int BUFFERS = NT == 1 ? 2 : 1;      // of slices: while one is added up, warps go on to the next part
+constexpr int SLICE = TOKENS * 64;  // floats
+// Slices of a part are added up by a team. For up to 8 tokens that is one warp, whose turn it is, while the others go on
+// to the next part and another buffer; more tokens are too much for one, so all warps do it together.
+constexpr bool TOGETHER = NT > 1;
+constexpr int BUFFERS = TOGETHER ? 1 : 2, TEAM = TOGETHER ? THREADS : WARP;
+
+__device__ __forceinline__ int team_thread() { return static_cast<int>(threadIdx.x) % TEAM; }
+__device__ __forceinline__ void team_sync() {
+  if constexpr (TOGETHER) {
+    __syncthreads();
+  } else {
+    __syncwarp();
+  }
+}
+// What the team wrote before is visible to whoever sees the counter go up.
+__device__ __forceinline__ void team_add(int* counter) {
+  __threadfence();
+  team_sync();
+  if (team_thread() == 0) atomicAdd(counter, 1);
+}
 
 // This warp's accumulators to its slice.
 __device__ __forceinline__ void spread(const Accumulators& total, float* slice) {
