@@ -94,7 +94,7 @@ def supports(device: torch.device, dtype: torch.dtype, experts: int = 1, topk: i
 
 
 def prepare(weight: PackedMatrix, dtype: torch.dtype) -> None:
-    """Compile and load what any call with this matrix and activations of this dtype may launch.
+    """Compile, load and allocate what any call with this matrix and activations of this dtype may need.
 
     Args:
         weight: on the device.
@@ -115,6 +115,7 @@ def _prepared(bits: int, halves: int, b16: bool, device: int) -> None:
     configs = _fitting(CONFIGS, bits, halves, device)
     with ThreadPoolExecutor(len(configs), "nvrtc") as pool:  # the compiler runs without Python's lock
         list(pool.map(compile_and_load, configs))
+    _counters(device)
 
 
 def linear(
