@@ -17,6 +17,8 @@ from milo.kernels import reference
 NORM = {torch.float16: 2e-3, torch.bfloat16: 8e-3}
 WORST = 8  # the worst element's bound, as a multiple of the bound by norm: rounding to 16 bits alone reaches 4
 DTYPES = [torch.float16, torch.bfloat16]
+# Compact metadata, and codes of two planes.
+COMPACT = [Encoding(3, 64, 6, 6), Encoding(4, 32, 6, 8), Encoding(6, 64, 6, 8), Encoding(8, 32, 6, 8), Encoding(6, 128)]
 RANKS = [0, 1, 8, 17, 32, 0, 33, 16]
 
 

@@ -8,7 +8,7 @@ import torch
 from milo import ops
 from milo.format.matrix import Encoding
 from milo.kernels import cutting, decode
-from operators import DTYPES, RANKS, Block, check, experts_of, route
+from operators import COMPACT, DTYPES, RANKS, Block, check, experts_of, route
 
 pytestmark = [
     pytest.mark.gpu,
@@ -126,9 +126,6 @@ def test_linear(dtype: torch.dtype, rank: int, tokens: int) -> None:
     bias = torch.randn(shape[0], device="cuda", dtype=dtype)
     check(ops.linear(x, packed), x.double().cpu() @ weight.T)
     check(ops.linear(x, packed, bias), x.double().cpu() @ weight.T + bias.double().cpu())
-
-
-COMPACT = [Encoding(3, 64, 6, 6), Encoding(4, 32, 6, 8), Encoding(6, 64, 6, 8), Encoding(8, 32, 6, 8), Encoding(6, 128)]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
