@@ -7,6 +7,15 @@ Makes a Mixtral-shaped checkpoint of about the size asked for (real shapes from 
 the disk by writing, evicting and reading a file, and compresses with each set of devices in a process of its own,
 the source evicted from the system's cache first. `ratio` is the time over the longer of (source bytes / read rate +
 output bytes / write rate) and (solving seconds / workers): what a perfect overlap would take.
+
+A run that the disk sets the pace of is as fast on one GPU as on two. How solving scales is seen where there is much to
+solve and nothing to wait for:
+
+    python benchmarks/compress.py --gigabytes 16 --rounds 80 --cached --folder /scratch --devices cuda:0 \
+        --devices cuda:0,cuda:1
+
+`seconds` is `compress_checkpoint`; worker processes start before the plan is made, as in `milo quantize`, and
+`total_s` is everything from there on, planning and prediction included.
 """
 
 from __future__ import annotations
@@ -20,6 +29,7 @@ import shutil
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import closing
 from math import prod
 from multiprocessing import get_context
 from pathlib import Path
@@ -32,7 +42,7 @@ from milo.checkpoint.source import Checkpoint
 from milo.checkpoint.writer import FolderWriter
 from milo.format.matrix import TensorSpec
 from milo.pipeline.compress import compress_checkpoint
-from milo.pipeline.devices import visible_devices
+from milo.pipeline.devices import open_pool, visible_devices
 from milo.pipeline.planning import Source, plan_source
 from milo.pipeline.predict import predict
 from milo.pipeline.work import pieces
@@ -121,23 +131,29 @@ def evict(path: Path) -> None:
             os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-def run(model: Path, out: Path, recipe: str, rounds: int | None, devices: str, workers: int | None) -> dict[str, Any]:
+def run(
+    model: Path, out: Path, recipe: str, rounds: int | None, devices: str, workers: int | None, cached: bool
+) -> dict[str, Any]:
     """One compression; what it took and what was predicted."""
     source = Source.of(Checkpoint(model), None)
     where = visible_devices(devices)
     begin = time.perf_counter()
-    plan = plan_source(source, custom_recipe(recipe, source.checkpoint.config, rounds=rounds))
-    planning = time.perf_counter() - begin
-    told = predict(source.checkpoint, plan, where, workers)
-    for file in model.glob("*.safetensors"):
-        evict(file)
-    done = compress_checkpoint(source.checkpoint, source.inventory, plan, out, devices=where, workers=workers)
+    with closing(open_pool(where, workers)) as pool:
+        plan = plan_source(source, custom_recipe(recipe, source.checkpoint.config, rounds=rounds))
+        planned = time.perf_counter()
+        told = predict(source.checkpoint, plan, where, workers)
+        predicted = time.perf_counter()
+        for file in model.glob("*.safetensors"):
+            if not cached:
+                evict(file)
+        done = compress_checkpoint(source.checkpoint, source.inventory, plan, out, pool=pool)
+        total = time.perf_counter() - begin
     digest = hashlib.sha256()
     for file in sorted(out.glob("*.safetensors")):
         with file.open("rb") as stream:
             while data := stream.read(CHUNK):
                 digest.update(data)
-    stack = max(len(members) * prod(row.shape) for row in plan.rows for members in pieces(row))
+    stack = max(len(members) * prod(row.shape) for row in plan.rows for members in pieces(row, where[0]))
     return {
         "devices": list(where),
         "workers": told.workers,
@@ -147,7 +163,10 @@ def run(model: Path, out: Path, recipe: str, rounds: int | None, devices: str, w
         "parameters": plan.parameters,
         "largest_stack_bytes": BYTES * stack,
         "seconds": done.seconds,
-        "plan_s": planning,
+        "plan_s": planned - begin,
+        "predict_s": predicted - planned,
+        "total_s": total,
+        "cached": cached,
         "stages_s": dict(zip(("read", "solve", "write"), done.stages, strict=True)),
         "solve_s_per_billion": done.stages[1] / plan.parameters * 1e9,
         "output_bytes": done.report["files_bytes"],
@@ -185,6 +204,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--workers", type=int)
     parser.add_argument("--recipe", default="milo-s1", choices=list(PRESETS))
     parser.add_argument("--rounds", type=int)
+    parser.add_argument("--cached", action="store_true", help="do not evict the source before a run")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--here", action="store_true", help="in this process: quicker, but peak memory says nothing")
     args = parser.parse_args(arguments)
@@ -199,7 +219,7 @@ def main(arguments: list[str] | None = None) -> None:
     runs = []
     for devices in args.devices or [",".join(visible_devices())]:
         shutil.rmtree(out, ignore_errors=True)
-        row = call(run, model, out, args.recipe, args.rounds, devices, args.workers)
+        row = call(run, model, out, args.recipe, args.rounds, devices, args.workers, args.cached)
         moving = nbytes / disk["read"] + row["output_bytes"] / disk["write"]
         solving = row["stages_s"]["solve"] / row["workers"]
         row |= {"device": device_name(row["devices"]), "disk_s": moving, "solve_s": solving}

@@ -38,7 +38,7 @@ import torch
 
 from milo.format.matrix import Encoding
 from milo.kernels.solver import calls
-from milo.pipeline.work import PIECE
+from milo.pipeline.work import piece_size
 from milo.plan.statistics import excess_kurtosis
 from milo.solve import alternate, factors, half_quadratic, lowrank, stack
 from milo.solve.stack import Solved, solve_stack
@@ -334,7 +334,7 @@ def run_model(name: str, device: torch.device, args: argparse.Namespace) -> dict
         for j, group in enumerate(layer):
             make(group, device, 1000 * i + j)
         if i < 2:  # compiles what is new, and lets the libraries choose their algorithms; not counted
-            compiling += solve_layer(layer, 1, args.piece, ranked=True)[0]
+            compiling += solve_layer(layer, 3, args.piece, ranked=True)[0]
             solve_layer(layer, 1, args.piece, ranked=False)
         before = 0
         if device.type == "cuda":
@@ -377,12 +377,13 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS))
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--layers", type=int, default=0, help="solve only the first so many layers of each model")
-    parser.add_argument("--piece", type=int, default=PIECE, help="weights solved together, at most")
+    parser.add_argument("--piece", type=int, help="weights solved together, at most; the pipeline's by default")
     parser.add_argument("--official-rounds", type=int, default=3, help="rounds timed a kind of matrix, 0 for none")
     parser.add_argument("--tiny", action="store_true", help="small shapes")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     device = torch.device(args.device)
+    args.piece = args.piece or piece_size(args.device)
     torch.set_grad_enabled(False)
     result: dict[str, Any] = {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",

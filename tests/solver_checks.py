@@ -18,7 +18,7 @@ from milo.format.codes import pack_words
 from milo.format.matrix import Encoding
 from milo.kernels.reference import reconstruct
 from milo.kernels.solver import calls
-from milo.solve import factors, grid, half_quadratic
+from milo.solve import factors, grid, half_quadratic, lowrank
 from milo.solve.stack import solve_stack
 
 SHAPES = [(2, 24, 128), (3, 9, 200), (1, 33, 64), (2, 7, 40)]
@@ -127,6 +127,40 @@ def check_round_rows(device: str, bits: int, length: int) -> None:
         assert (codes.cpu() == expected).double().mean() > 0.98
 
 
+def check_whitener(device: str, width: int) -> None:
+    """The inverse Cholesky factor of LAPACK; a column of zeros gives a row of zeros, dependent ones nothing wild."""
+    columns = torch.randn(3, 200, width, generator=torch.Generator().manual_seed(width))
+    columns[1] *= torch.linspace(1, 1e-3, width)
+    columns[2, :, width // 2] = 0
+    gram = columns.mT @ columns
+    for unit in (False, True):
+        length = torch.linalg.vector_norm(columns, dim=1) if unit else torch.ones(3, width)
+        scale = torch.where(length > 0, 1 / length, 0.0)
+        wanted = (gram * scale[:, None] * scale[..., None]).double()
+        wanted.diagonal(dim1=-2, dim2=-1).add_(1e-4)
+        root = torch.linalg.cholesky(wanted)
+        inverse = torch.linalg.solve_triangular(root, torch.eye(width).double().expand_as(root), upper=False)
+        expected = (inverse * scale[:, None]).mT.float()
+        found = calls.whitener(gram.to(device), 1e-4, unit).cpu()
+        torch.testing.assert_close(found, expected, rtol=1e-3, atol=2e-4 * expected.abs().max().item())
+    lone = torch.ones(1, 200, width)  # all columns the same: its Gram matrix has rank 1
+    found = calls.whitener((lone.mT @ lone).to(device), 1e-4, True).cpu()
+    assert torch.linalg.matrix_norm(lone @ found, 2) <= 1 + 1e-3
+
+
+def check_orthonormal(device: str, width: int, widest: int) -> None:
+    """`_orthonormal` through the kernel, whole or in blocks, spans what it should with orthonormal columns."""
+    columns = torch.randn(2, 300, width, generator=torch.Generator().manual_seed(width))
+    columns *= torch.linspace(1, 0.05, width)
+    with patch.object(calls, "usable", return_value=True), patch.object(calls, "WIDEST", widest):
+        for steps in (1, 2):  # a step bears a condition of about 100
+            found = lowrank._orthonormal(columns.to(device), steps).cpu().double()
+            unit = torch.eye(width).double()
+            assert (found.mT @ found - unit).abs().max() < 1e-4
+            expected = torch.linalg.qr(columns.double()).Q
+            assert (expected.mT @ found).square().sum((1, 2)).sub(width).abs().max() < 1e-3 * width
+
+
 def check_pack(device: str, bits: int, length: int) -> None:
     codes = torch.randint(0, 2**bits, (3, 5, length), generator=torch.Generator().manual_seed(bits)).to(torch.uint8)
     assert torch.equal(calls.pack_words(codes.to(device), bits).cpu(), pack_words(codes, bits))
@@ -150,20 +184,23 @@ def check_stack(device: str, ranks: list[int], encoding: Encoding, grid_name: st
 
 
 def run(device: str, thin: int = 1) -> None:
-    """All checks, or every `thin`-th of them and the last four, which cover the most."""
+    """All checks, or every `thin`-th of them and the last six, which cover the most."""
     pairs = list(product(SHAPES, ENCODINGS))
     checks: list[Callable[[], None]] = [
         *(partial(check_grids, device, s, e, std) for std in (0.05, 2.0) for s, e in pairs),
         *(partial(check_quantise, device, s, e, d) for d in (None, torch.float32, torch.bfloat16) for s, e in pairs),
         *(partial(check_retarget, device, shape, size) for shape in SHAPES for size in (32, 64, 128)),
         *(partial(check_round_rows, device, bits, length) for bits in (3, 8) for length in (1, 63, 64, 65, 200)),
+        *(partial(check_whitener, device, width) for width in (1, 5, 64, 65, 128)),
         *(partial(check_pack, device, bits, length) for bits in (1, 2, 3, 4) for length in (1, 63, 64, 65, 200)),
         partial(check_stop_rule, device),
+        partial(check_orthonormal, device, 24, 128),
+        partial(check_orthonormal, device, 23, 10),
         partial(check_stack, device, [0, 3, 6, 24], Encoding(), "rtn"),
         partial(check_stack, device, [0, 0, 0], Encoding(6, 32, 8, 8, "int8"), "hqq"),
         partial(check_stack, device, [0, 3, 6, 24], Encoding(), "hqq"),
     ]
-    chosen = checks[:-4:thin] + checks[-4:]
+    chosen = checks[:-6:thin] + checks[-6:]
     for check in chosen:
         check()
     print(f"{len(chosen)} checks passed on {device}")

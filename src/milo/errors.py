@@ -37,3 +37,7 @@ class HubError(MiloError):
 
 class DeviceError(MiloError):
     """A device that was asked for is absent, has too little memory, or its worker died."""
+
+
+class ServingError(MiloError):
+    """vLLM was asked for something that the plugin cannot serve: a version, a layout of GPUs, a kind of layer."""

@@ -6,6 +6,7 @@ them without ever expanding the weights. Both are `torch.library` custom operato
 synchronise, and give the same bits at every run. On a CPU, or for activations the kernels do not take, they compute
 the same function in plain PyTorch.
 
+There are two families of kernels, for few and for many tokens an expert; which one runs follows from shapes alone.
 The first call of a kind (dtype, bits, group size, range of tokens) compiles for a few seconds unless the cache on disk
 has it; make it before a graph is captured.
 """
@@ -16,7 +17,7 @@ from collections.abc import Sequence
 
 import torch
 
-from milo.kernels import decode, packed_reference
+from milo.kernels import decode, packed_reference, prefill
 from milo.kernels.layout import PackedMatrix, repack
 
 __all__ = ["PackedMatrix", "linear", "moe_ffn", "repack"]
@@ -96,9 +97,11 @@ def _linear(
     x: torch.Tensor, weight: Sequence[torch.Tensor], numbers: Sequence[int], bias: torch.Tensor | None
 ) -> torch.Tensor:
     matrix = PackedMatrix.of(weight, numbers)
-    if x.shape[0] and decode.supports(x.device, x.dtype)[0]:
-        return decode.linear(_aligned(x), matrix, None if bias is None else bias.contiguous())
-    return packed_reference.linear(x, matrix, bias)
+    tokens = x.shape[0]
+    if not tokens or not decode.supports(x.device, x.dtype)[0]:
+        return packed_reference.linear(x, matrix, bias)
+    many = prefill.prefers(tokens, 1, 1) and prefill.supports(x.device, x.dtype)[0]
+    return (prefill if many else decode).linear(_aligned(x), matrix, None if bias is None else bias.contiguous())
 
 
 @_linear.register_fake
@@ -122,9 +125,12 @@ def _moe_ffn(
 ) -> torch.Tensor:
     first, second = PackedMatrix.of(gate_up, gate_up_numbers), PackedMatrix.of(down, down_numbers)
     arguments = (topk_ids.contiguous(), topk_weights.contiguous(), activation, expert_map)
-    if x.shape[0] and decode.supports(x.device, x.dtype, first.codes.shape[0], topk_ids.shape[1])[0]:
-        return decode.moe_ffn(_aligned(x), first, second, *arguments)
-    return packed_reference.moe_ffn(x, first, second, *arguments)
+    (tokens, topk), experts = topk_ids.shape, first.codes.shape[0]
+    if not tokens or not decode.supports(x.device, x.dtype, experts, topk)[0]:
+        return packed_reference.moe_ffn(x, first, second, *arguments)
+    chosen_from = experts if expert_map is None else expert_map.shape[0]
+    many = prefill.prefers(tokens, topk, chosen_from) and prefill.supports(x.device, x.dtype, experts, topk)[0]
+    return (prefill if many else decode).moe_ffn(_aligned(x), first, second, *arguments)
 
 
 @_moe_ffn.register_fake

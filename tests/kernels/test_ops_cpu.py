@@ -8,7 +8,7 @@ import torch
 from matrices import random_matrix
 from milo import ops
 from milo.format.matrix import Encoding
-from milo.kernels import cutting, decode, reference
+from milo.kernels import cutting, decode, prefill, reference
 
 ENCODING = Encoding()
 
@@ -73,9 +73,28 @@ def test_what_does_not_fit_is_refused(block: tuple) -> None:
 
 
 def test_support_says_why_not() -> None:
-    fits, reason = decode.supports(torch.device("cpu"), torch.float16)
-    assert not fits
-    assert "reference" in reason
+    for kernels in (decode, prefill):
+        fits, reason = kernels.supports(torch.device("cpu"), torch.float16)
+        assert not fits
+        assert "reference" in reason
+
+
+def test_prefill_is_for_many_tokens_an_expert() -> None:
+    assert prefill.prefers(512, 2, 8)
+    assert prefill.prefers(4096, 8, 128)
+    assert not prefill.prefers(64, 2, 8)  # 16 tokens an expert
+    assert not prefill.prefers(512, 8, 256)
+    assert prefill.prefers(512, 1, 1)  # a linear
+    assert not prefill.prefers(32, 1, 1)
+    assert not prefill.prefers(40, 1, 1)  # a block of few rows would be alone
+
+
+@pytest.mark.parametrize("bits", [3, 4])
+@pytest.mark.parametrize("halves", [1, 2])
+def test_the_ring_of_prefill_fits_into_a_block(bits: int, halves: int) -> None:
+    stages, nbytes = prefill.ring(bits, halves)
+    assert stages >= 4
+    assert nbytes <= 227 << 10
 
 
 @pytest.mark.parametrize("bits", [3, 4])

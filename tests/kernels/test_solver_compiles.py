@@ -53,16 +53,27 @@ KERNELS: dict[str, tuple[str, dict[str, str], dict[str, Any], int]] = {
 }
 
 
+KERNELS |= {
+    f"whiten, {size} columns": (
+        "whiten",
+        {"gram": FLOATS, "inverse": FLOATS, "width": "i32", "shift": "fp32"},
+        {"SIZE": size, "UNIT": True},
+        size // 8,
+    )
+    for size in (64, 128)
+}
+
+
 @pytest.mark.parametrize("name", KERNELS)
 def test_a_kernel_compiles(name: str) -> None:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from milo.kernels.solver import groups
+    from milo.kernels.solver import gram, groups
 
     kernel, signature, constants, warps = KERNELS[name]
     source = ASTSource(
-        fn=getattr(groups, kernel),
+        fn=getattr(groups, kernel, None) or getattr(gram, kernel),
         signature=signature | dict.fromkeys(constants, "constexpr"),
         constexprs=constants,
     )

@@ -111,7 +111,7 @@ def test_the_size_of_a_piece_bounds_a_batch_and_hardly_touches_the_result(
     mixtral_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     builders.compress(mixtral_folder, tmp_path / "whole", **KNOBS)
-    monkeypatch.setattr(work, "PIECE", 3 * 96 * 64)  # three experts at a time, one matrix at least
+    monkeypatch.setitem(work.PIECE, "cpu", 3 * 96 * 64)  # three experts at a time, one matrix at least
     builders.compress(mixtral_folder, tmp_path / "pieces", **KNOBS)
     whole, parts = (CompressedCheckpoint(tmp_path / name) for name in ("whole", "pieces"))
     row = whole.plan.by_name["model.layers.0.block_sparse_moe.experts.*.w1"]

@@ -63,7 +63,7 @@ def test_a_lane_and_threads_write_the_same_files(
 ) -> None:
     builders.compress(mixtral_folder, tmp_path / "threads", workers=3, **KNOBS)
     assert builders.file_hashes(tmp_path / "threads") == by_one_thread
-    monkeypatch.setattr(compress, "open_pool", lambda job, *args: Lane(job, "cpu"))
+    monkeypatch.setattr(compress, "open_pool", lambda *args: Lane("cpu"))
     builders.compress(mixtral_folder, tmp_path / "lane", **KNOBS)
     assert builders.file_hashes(tmp_path / "lane") == by_one_thread
 
@@ -78,7 +78,7 @@ def test_processes_write_the_same_files(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     if len(devices) == 1:  # which open_pool would not start a process for
-        monkeypatch.setattr(compress, "open_pool", lambda job, *args: ProcessPool(job, devices, CHEAP))
+        monkeypatch.setattr(compress, "open_pool", lambda *args: ProcessPool(devices, CHEAP))
     builders.compress(mixtral_folder, tmp_path / "out", devices=devices, **KNOBS)
     assert builders.file_hashes(tmp_path / "out") == by_one_thread
     assert not [p for p in psutil.Process().children() if "spawn_main" in " ".join(p.cmdline())]
@@ -142,8 +142,9 @@ def test_errors_and_deaths_of_a_worker_reach_the_user(mixtral_folder: Path, tmp_
         (mixtral_folder, DyingJob, DeviceError, r"worker process on cpu ended with exit code -9 \(killed: out of"),
     ):
         made, items = tiny_job(source, tmp_path / kind.__name__, kind)
-        pool = ProcessPool(made, ["cpu"], CHEAP)
+        pool = ProcessPool(["cpu"], CHEAP)
         try:
+            pool.begin(made)
             with pytest.raises(error, match=words):
                 list(pool.run(items))
         finally:
@@ -157,7 +158,8 @@ from test_pools import tiny_job
 from milo.pipeline.pools import ProcessPool
 if __name__ == "__main__":
     job, items = tiny_job(Path(sys.argv[1]), Path(sys.argv[2]))
-    pool = ProcessPool(job, ["cpu"], "fork")
+    pool = ProcessPool(["cpu"], "fork")
+    pool.begin(job)
     print(next(pool.run(items)).peak.process, flush=True)
     time.sleep(100)
 """
@@ -226,7 +228,7 @@ def test_gpus_and_cpu_do_not_mix(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_items_cover_everything_once_and_come_largest_first(
     mixtral_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(work, "PIECE", 2 * 96 * 64)
+    monkeypatch.setitem(work.PIECE, "cpu", 2 * 96 * 64)
     monkeypatch.setattr(work, "COPIED", 20_000)
     source = open_source(str(mixtral_folder))
     plan = plan_source(source, custom_recipe("milo-s1", source.checkpoint.config, ranks="dense:20+kurtosis:3"))
@@ -246,7 +248,7 @@ def test_items_cover_everything_once_and_come_largest_first(
     (canary,), rest = take_canary(ordered, plan, 2)
     assert {canary, *rest} == set(items)
     assert len(rest) == len(items) - 1
-    assert len(canary.members) * 96 * 64 == work.PIECE
+    assert len(canary.members) * 96 * 64 == work.PIECE["cpu"]
 
 
 def test_the_canary_sings_alone(mixtral_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from math import prod
 from pathlib import Path
 from threading import get_ident
@@ -92,6 +93,59 @@ def test_a_slow_machine_stops_trying_after_its_budget(monkeypatch: pytest.Monkey
     assert len({shape for shape, _ in machine.solved}) < 10
     exact = sum(2 * machine.matrix(r.shape, r.ranks[0], 20) for r in plan.rows)
     assert told.seconds == pytest.approx(exact, rel=0.3)
+
+
+class Gpu(Machine):
+    """The same, but for the first time that a stack goes through a round: kernels are compiled, libraries choose."""
+
+    FIRST = 7.0  # seconds
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        super().__init__(monkeypatch, slow=1e-4)
+        self.known: set[Any] = set()
+        randn = torch.randn
+        # Stacks of many gigabytes without an element, on the CPU: the machine looks at their shape only.
+        monkeypatch.setattr(torch, "Generator", lambda device: SimpleNamespace(manual_seed=lambda seed: None))
+        monkeypatch.setattr(
+            torch, "randn", lambda *shape, generator, device: randn(1).expand(shape).as_subclass(Untouched)
+        )
+        monkeypatch.setattr(module, "on_device", lambda device: nullcontext())
+        monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: None)
+
+    def solve(
+        self, weight: torch.Tensor, ranks: list[int], encoding: Encoding, grid: str, rounds: int, name: str
+    ) -> Any:
+        for number in range(min(rounds, 3)):  # the second round brings new kernels, and so does the third
+            if (key := (tuple(weight.shape), ranks[0], number)) not in self.known:
+                self.known.add(key)
+                self.clocks[get_ident()] = self.now() + self.FIRST
+        return super().solve(weight, ranks, encoding, grid, rounds, name)
+
+
+class Untouched(torch.Tensor):
+    def mul_(self, factor: float) -> Untouched:  # type: ignore[override]
+        return self
+
+
+def test_what_a_gpu_does_once_is_not_multiplied(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compilation and the like neither count with the rounds nor use up the time for trying."""
+    machine = Gpu(monkeypatch)
+    experts = [16] * 90 + [100] * 30
+    rows = (row("e.*", (1408, 2048), experts), *(row(f"{i}.*", (2048, 2048 + 64 * i), [512]) for i in range(8)))
+    plan = Plan(rows, "x", "y", 20)
+    told = predict(SimpleNamespace(tensors={}), plan, ("cuda:0",))  # type: ignore[arg-type]
+    exact = sum(machine.matrix(r.shape, 512, 20) for r in rows[1:])
+    # 46 experts an item: the first holds none of rank 100, with which the others are fitted.
+    assert 2**27 // (1408 * 2048) == 46
+    exact += 46 * machine.matrix((1408, 2048), 16, 20) + 74 * machine.matrix((1408, 2048), 100, 20)
+    assert told.solve_seconds == pytest.approx(exact, rel=1e-3)
+    assert told.solve_seconds < machine.FIRST
+    assert {shape for shape, rank in machine.solved if rank} == {
+        (46, 1408, 2048),
+        *((1, *r.shape) for r in rows[1:]),
+    }
+    assert told.gpu_bytes == 46 * 1408 * 2048 * 32
+    assert told.workers == 1
 
 
 def test_kinds_follow_the_buckets_that_are_fitted_together() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import threading
 from pathlib import Path
@@ -16,14 +17,15 @@ import milo
 from milo.checkpoint.compressed import CompressedCheckpoint
 from milo.checkpoint.fingerprint import fingerprint
 from milo.checkpoint.source import Checkpoint
-from milo.checkpoint.writer import UNFINISHED
+from milo.checkpoint.writer import UNFINISHED, TensorWriter
 from milo.errors import CheckpointError
 from milo.integrations.transformers.source import open_source
-from milo.pipeline import job
+from milo.pipeline import job, work
 from milo.pipeline.compress import compress_checkpoint
 from milo.pipeline.journal import Journal
 from milo.pipeline.layout import lay_out_checkpoint
 from milo.pipeline.planning import Source, plan_source
+from milo.pipeline.work import Item
 from milo.plan.plan import Plan
 from milo.plan.recipe import custom_recipe
 
@@ -106,6 +108,52 @@ def test_finished_groups_are_not_solved_again(
     assert result.kept == sum(plan.by_name[name].parameters for name in finished)
     assert steps == sorted(steps)
     assert steps[0] == result.kept  # from where the time left is reckoned
+    assert builders.file_hashes(half) == undisturbed
+
+
+def test_another_kind_of_device_goes_on_with_items_of_its_own_size(
+    mixtral_folder: Path, tmp_path: Path, calls: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is finished stays, what is left even of a group in the middle is cut anew, and nothing is done twice."""
+    two, three = 2 * 96 * 64, 3 * 96 * 64  # of the four experts
+    monkeypatch.setitem(work.PIECE, "cpu", three)
+    out = tmp_path / "out"
+    stopped(calls, 5, mixtral_folder, out)
+    first = [Item.of(entry["item"]) for entry in lines(out)[1:]]
+    monkeypatch.setitem(work.PIECE, "cpu", two)
+    builders.compress(mixtral_folder, out, **KNOBS)
+    checkpoint = CompressedCheckpoint(out)
+    names = [matrix["name"] for matrix in checkpoint.report["matrices"]]
+    assert sorted(names) == sorted(name for row in checkpoint.plan.rows for name in row.matrices())
+    assert all(0 < matrix["error"] < 0.3 for matrix in checkpoint.report["matrices"])
+    rows = {row.name: len(row.ranks) for row in checkpoint.plan.rows}
+    halved = [item.row for item in first if len(item.members) == 3]
+    assert halved  # [0:3] is done, so that of [0:2] and [2:4] only 3 is left
+    assert [calls.count(row) for row in halved] == [1 - first.count(Item(row, 3, 4)) for row in halved]
+    untouched = [row for row in rows if row not in {item.row for item in first} and rows[row] == 4]
+    assert [calls.count(row) for row in untouched] == [2] * len(untouched)
+
+
+def test_what_two_kinds_of_device_claim_is_counted_once(
+    half: Path, mixtral_folder: Path, undisturbed: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same bytes may stand in the journal twice, cut differently, if both kinds came to the same result."""
+    source, plan = planned(mixtral_folder)
+    whole = next(entry for entry in lines(half)[1:] if entry["item"].endswith("[0:4]"))
+    row, entry = whole["item"].rpartition("[")[0], dict(whole)
+    groups = {group.name: group for group in source.inventory.groups}
+    shards = lay_out_checkpoint(source.checkpoint, source.inventory, plan, 20_000)
+    place = TensorWriter(half, shards)
+    probe = job.Job(source.checkpoint, groups, plan, tuple(source.inventory.left), place)
+    digest = hashlib.sha256()
+    for name, first_row, nbytes in probe.extent(Item(row, 0, 2)):
+        for data in place.stored(name, first_row, nbytes):
+            digest.update(data)
+    journal = Journal(half)
+    entry = {"item": f"{row}[0:2]", "sha256": digest.hexdigest(), "matrices": whole["matrices"][:2]}
+    journal.append(entry)
+    journal.close()
+    builders.compress(mixtral_folder, half, **KNOBS)
     assert builders.file_hashes(half) == undisturbed
 
 

@@ -12,7 +12,7 @@ from milo.format.matrix import BITS, FACTOR_BITS, Encoding
 from milo.kernels import reference
 from milo.kernels.reference import reconstruct
 from milo.solve.grid import Grid, encode
-from milo.solve.stack import Solved, solve_stack
+from milo.solve.stack import Solved, buckets, solve_stack
 
 
 def normal(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -54,6 +54,25 @@ def test_codes_are_the_nearest_to_what_the_stored_compensator_leaves(factor: str
     grid = Grid(reference.scales(tensors, encoding, 2)[None], reference.zeros(tensors, encoding, 2)[None])
     nearest = encode(weight - u.T @ v, grid, encoding)[0]
     assert (nearest == reference.codes(tensors, encoding, 96)).double().mean() > 0.999
+
+
+@pytest.mark.parametrize("device_type", ["cpu", "cuda"])
+@pytest.mark.parametrize("full", [24, 96, 300])
+def test_full_rank_and_rank_0_are_solved_apart_on_any_device(device_type: str, full: int) -> None:
+    """A matrix of full rank needs no fit, so none of lower rank may share its bucket, however narrow both are."""
+    ranks = [full, 0, 3, full - 1, 0, full, 6]
+    found = buckets(ranks, full, device_type)
+    assert found[0] == [1, 4]
+    assert found[-1] == [0, 5]
+    assert sorted(member for members in found for member in members) == list(range(len(ranks)))
+    tops = [max(ranks[member] for member in members) for members in found]
+    assert tops == sorted(tops)
+
+
+def test_a_gpu_tells_ranks_apart_from_128_on() -> None:
+    ranks = [1, 127, 2, 128, 60, 300]
+    assert buckets(ranks, 512, "cuda") == [[0, 1, 2, 4], [3], [5]]
+    assert buckets(ranks, 512, "cpu") == [[0], [2], [4], [1], [3], [5]]
 
 
 def test_more_rank_and_more_bits_mean_less_error() -> None:

@@ -30,6 +30,9 @@ UNFINISHED = "milo_journal.jsonl"  # see milo.pipeline.journal
 EVALUATION = "milo_eval.json"  # what `milo eval --save` measured; nothing but these weights makes it true
 _TEMPORARY = ".part"
 _CHUNK = 1 << 24
+# From so many bytes on the system is told to begin writing to the disk at once; else it would wait until the shard is
+# flushed, and the disk would stand idle while matrices are solved.
+_HASTY = 1 << 20
 _DTYPE_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 
 
@@ -95,9 +98,12 @@ class TensorWriter:
                 yield data
 
     def _put(self, file: int, data: memoryview, offset: int) -> None:
+        begin, nbytes = offset, len(data)
         while data:
             done = os.pwrite(file, data, offset)
             data, offset = data[done:], offset + done
+        if nbytes >= _HASTY and hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(file, begin, nbytes, os.POSIX_FADV_DONTNEED)
 
     @contextmanager
     def _opened(self, name: str) -> Iterator[int]:

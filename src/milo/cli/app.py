@@ -21,6 +21,7 @@ from milo.cli.frontier import frontier
 from milo.cli.measure import evaluate, generate, inspect
 from milo.cli.push import push
 from milo.cli.report import report
+from milo.cli.serve import serve
 from milo.errors import MiloError
 
 app = typer.Typer(
@@ -56,6 +57,7 @@ app.command()(frontier)
 app.command()(inspect)
 app.command()(report)
 app.command()(generate)
+app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(serve)
 app.command()(push)
 app.command()(doctor)
 

@@ -7,6 +7,7 @@ import shlex
 import sys
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -46,7 +47,7 @@ from milo.evaluate.text import load_text, tokenize
 from milo.integrations.transformers.routing import routing_counts
 from milo.integrations.transformers.source import open_source
 from milo.pipeline.compress import check_destination, compress_checkpoint
-from milo.pipeline.devices import visible_devices
+from milo.pipeline.devices import open_pool, visible_devices
 from milo.pipeline.layout import MAX_SHARD_SIZE, lay_out_checkpoint
 from milo.pipeline.planning import Source, peak_bytes, plan_source
 from milo.pipeline.predict import Prediction, predict
@@ -142,37 +143,37 @@ def quantize(
     check_destination(source.checkpoint, output, overwrite)
     where = visible_devices(devices)
     importance: Mapping[str, torch.Tensor] = {}
-    if budget is not None:
-        found = plan_by_budget(source, budget, knobs, counts, sensitivity, self_calibrate, where[0])
-        made, importance = found.plan, found.importance
-    else:
-        made = _make_plan(source, knobs.for_model(source.checkpoint.config), counts)
-    say(
-        f"{made.parameters:,} weights in {len(made.rows):,} groups, {size(made.nbytes)} "
-        f"({made.bits_per_weight:.3f} bits a weight)",
-        err,
-    )
-    told = predict(source.checkpoint, made, where, workers) if not (no_predict or ray) else None
-    if told is not None:
-        say(_promise(told, where), err)
-    base_model = str(Path(model).resolve()) if Path(model).is_dir() else model
-    with bar(made.parameters) as update:
-        result = compress_checkpoint(
-            source.checkpoint,
-            source.inventory,
-            made,
-            output,
-            base_model=base_model,
-            command=shlex.join(["milo", *sys.argv[1:]]),
-            importance=importance,
-            devices=where,
-            workers=workers,
-            ray=ray,
-            max_shard_size=_bytes(max_shard_size),
-            overwrite=overwrite,
-            restart=restart,
-            progress=lambda done, total, name: update(done, name),
+    with closing(open_pool(where, workers, ray)) as pool:  # its processes start while the plan is made
+        if budget is not None:
+            found = plan_by_budget(source, budget, knobs, counts, sensitivity, self_calibrate, where[0])
+            made, importance = found.plan, found.importance
+        else:
+            made = _make_plan(source, knobs.for_model(source.checkpoint.config), counts)
+        say(
+            f"{made.parameters:,} weights in {len(made.rows):,} groups, {size(made.nbytes)} "
+            f"({made.bits_per_weight:.3f} bits a weight)",
+            err,
         )
+        told = predict(source.checkpoint, made, where, workers) if not (no_predict or ray) else None
+        if told is not None:
+            say(_promise(told, where), err)
+        base_model = str(Path(model).resolve()) if Path(model).is_dir() else model
+        with bar(made.parameters) as update:
+            result = compress_checkpoint(
+                source.checkpoint,
+                source.inventory,
+                made,
+                output,
+                base_model=base_model,
+                command=shlex.join(["milo", *sys.argv[1:]]),
+                importance=importance,
+                ray=ray,
+                pool=pool,
+                max_shard_size=_bytes(max_shard_size),
+                overwrite=overwrite,
+                restart=restart,
+                progress=lambda done, total, name: update(done, name),
+            )
     errors = [matrix["error"] for matrix in result.report["matrices"]]
     say(
         f"{output}: {size(result.report['files_bytes'])} in {result.seconds:.1f} s, "

@@ -17,7 +17,7 @@ import milo
 from milo.checkpoint.compressed import FORMAT_VERSION, QUANT_METHOD
 from milo.cli.console import out, print_json, size
 from milo.cli.options import JsonOption
-from milo.kernels import decode
+from milo.kernels import decode, prefill
 
 _PACKAGES = (
     "torch",
@@ -61,14 +61,23 @@ def examine() -> dict[str, Any]:
 
 def kernels() -> list[dict[str, Any]]:
     """Every implementation of the compressed matrix product, whether it runs here, and why (not)."""
-    fits, reason = decode.supports(torch.device("cuda"), torch.float16)
+    cuda = torch.device("cuda")
+    few, no_few = decode.supports(cuda, torch.float16)
+    many, no_many = prefill.supports(cuda, torch.float16)
     return [
         {
             "kernel": "int3/int4 decode (milo.ops)",
-            "runs": fits,
-            "reason": "CUDA, compiled at first use; transformers models on a GPU use it; best for few tokens an expert"
-            if fits
-            else reason,
+            "runs": few,
+            "reason": "CUDA, compiled at first use, for few tokens an expert; any number without the next"
+            if few
+            else no_few,
+        },
+        {
+            "kernel": "int3/int4 prefill (milo.ops)",
+            "runs": many,
+            "reason": f"wgmma, compiled at first use, from {prefill.MIN_MEAN_TOKENS} tokens an expert"
+            if many
+            else no_many,
         },
         {
             "kernel": "reference",

@@ -1,4 +1,4 @@
-"""Cutting an MoE FFN into launches: how many tokens a work item takes, and how a product spreads over warps and blocks.
+"""Cutting an MoE FFN into launches: how many tokens a work item takes, and how a product spreads over blocks.
 
 All of it is decided on the host from shapes alone, so nothing waits for the device and a graph can be captured.
 """
@@ -9,22 +9,34 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-MAX_PAIRS = 1024  # (token, choice) pairs a launch; more tokens are done in turns
+ADDED_TOKENS = 8  # up to so many (and so many choices) a block of `down` adds up a row tile's items by itself
+ADDED_PAIRS = 128
+MAX_V_SPLITS = 4  # runs of K in which V x is computed
+_QUEUE = 128 * 32 + 96  # bytes of a block's queue of parts, and what goes with it
 _RESERVED = 1024  # bytes of shared memory that a block takes beyond its own
-_FIXED_TILES = 3  # the end of a unit of work, in tiles of one warp
 
 
 @dataclass(frozen=True)
 class Config:
-    """How a launch is cut: n8 tiles of tokens a work item, warps a block, ring stages a warp, blocks an SM."""
+    """How a launch is cut.
+
+    Attributes:
+        token_tiles: n8 tiles of tokens a work item.
+        warps: of a block.
+        stages: of a warp's ring.
+        blocks: an SM.
+        pairs: (token, choice) pairs a launch; more are done in turns.
+    """
 
     token_tiles: int
     warps: int
     stages: int
     blocks: int
+    pairs: int = 1024
 
     @property
     def tokens(self) -> int:
+        """Of a work item."""
         return 8 * self.token_tiles
 
     @property
@@ -32,13 +44,14 @@ class Config:
         return 32 * self.warps
 
     def shared_bytes(self, bits: int, halves: int) -> int:
-        """Shared memory of a block: the warps' rings, the reduction, the routing table."""
+        """Shared memory of a block: rings, reduction, routing table, queue of parts, a row tile's sums."""
         ring = self.warps * self.stages * (bits * 512 + halves * 256 + self.token_tiles * 1024)
-        items = MAX_PAIRS + MAX_PAIRS // self.tokens
-        return ring + self.warps * self.tokens * 68 * 4 + 2 * MAX_PAIRS + 4 * items + 8
+        table = 4 * self.pairs + 8 * (self.pairs + self.pairs // self.tokens)
+        buffers = 2 if self.token_tiles == 1 else 1
+        return ring + buffers * self.warps * self.tokens * 256 + table + 4 * ADDED_PAIRS + 256 * ADDED_TOKENS + _QUEUE
 
 
-CONFIGS = (Config(1, 8, 4, 2), Config(2, 8, 2, 2), Config(3, 12, 2, 1), Config(4, 8, 3, 1))
+CONFIGS = (Config(1, 8, 3, 2, 512), Config(2, 8, 2, 2), Config(3, 12, 2, 1), Config(4, 8, 3, 1))
 
 
 def fit(config: Config, bits: int, halves: int, shared: int) -> Config | None:
@@ -61,31 +74,43 @@ def choose(tokens: int, pairs: int, experts: int, configs: Sequence[Config] = CO
     return configs[-1]
 
 
-def cut(
-    active: float, row_tiles: int, k_tiles: int, v_tiles: float, config: Config, slots: int, splits: bool
-) -> tuple[int, int]:
-    """How a product is spread over warps and blocks.
+@dataclass(frozen=True)
+class Cut:
+    """How a product is spread over blocks (`cuda/units.cuh`).
 
-    Args:
-        active: work items with work in them, expected.
-        row_tiles: of one item.
-        k_tiles: tiles along K.
-        v_tiles: row tiles of `V` in the same launch, which all warps of a block share.
-        config: of the launch.
-        slots: blocks that run at a time.
-        splits: whether blocks may share a row tile.
-
-    Returns:
-        Warps of a block that share a row tile, and units that do: the least rounds of units times work a warp, where
-        a unit's fixed cost counts as `_FIXED_TILES`.
+    Attributes:
+        blocks: of the launch.
+        quanta: runs of K that a unit, a work item's row tile, is cut into.
+        v_cost: quanta that a part of V counts as when the work is dealt out.
     """
 
-    def cost(choice: tuple[int, int]) -> float:
-        k_warps, parts = choice
-        units = active * -(-row_tiles * k_warps // config.warps) * parts + v_tiles * k_warps * parts / config.warps
-        work = -(-k_tiles // (k_warps * parts)) + _FIXED_TILES + (parts - 1)
-        return math.ceil(units / slots - 0.02) * work
+    blocks: int
+    quanta: int
+    v_cost: int
 
-    divisors = [w for w in range(1, config.warps + 1) if config.warps % w == 0]
-    choices = [(w, s) for w in divisors for s in (range(1, 9) if splits else (1,)) if s == 1 or w == config.warps]
-    return min(choices, key=cost)
+
+def v_splits(k_tiles: int, warps: int) -> int:
+    """Runs of K that V x is cut into: few, since each is a sum to add, but short."""
+    return max(1, min(MAX_V_SPLITS, k_tiles // warps))
+
+
+def cut(units: float, k_tiles: int, v_tiles: float, warps: int, slots: int) -> Cut:
+    """Spread a product over blocks.
+
+    Args:
+        units: row tiles of all work items, expected.
+        k_tiles: tiles along K.
+        v_tiles: row tiles of V of all work items, expected.
+        warps: of a block, which share a unit's K.
+        slots: blocks that run at a time.
+    """
+    finest = max(1, k_tiles // warps)  # so that a quantum has a tile for every warp
+    splits = v_splits(k_tiles, warps)
+    parts = math.ceil(v_tiles) * splits
+    if units > slots:  # equal stretches, wherever they begin and end
+        return Cut(slots, finest, max(1, round(finest / splits)))
+    # Few units: whole ones, or equal pieces, so that few sums cross from block to block.
+    quanta = min(finest, slots // math.ceil(units))
+    blocks = math.ceil(units) * quanta
+    apart = blocks + parts <= slots and quanta == 1  # V has blocks of its own
+    return Cut(blocks + parts if apart else blocks, quanta, 1 if apart else 0)

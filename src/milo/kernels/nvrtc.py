@@ -49,15 +49,17 @@ class Module:
         name: file name below `SOURCES`.
         macros: `-D` definitions.
         device: CUDA device index; its primary context is PyTorch's.
+        own: whether it uses instructions of this very architecture (`sm_90a`: wgmma, setmaxnreg).
 
     Raises:
         KernelError: with the compiler's log, or the driver's error name.
     """
 
-    def __init__(self, name: str, macros: Mapping[str, int], device: int) -> None:
+    def __init__(self, name: str, macros: Mapping[str, int], device: int, own: bool = False) -> None:
         self._driver, _ = _bindings()
         major, minor = torch.cuda.get_device_capability(device)
-        options = (f"--gpu-architecture=sm_{major}{minor}", *(f"-D{key}={value}" for key, value in macros.items()))
+        architecture = f"sm_{major}{minor}{'a' if own else ''}"
+        options = (f"--gpu-architecture={architecture}", *(f"-D{key}={value}" for key, value in macros.items()))
         binary = compile_cached(name, options)
         with torch.cuda.device(device):
             torch.cuda.current_stream().synchronize()  # makes PyTorch's context current in this thread
@@ -88,7 +90,9 @@ class Kernel:
         early.value.programmaticStreamSerializationAllowed = 1
         self._early = early
 
-    def __call__(self, blocks: int, threads: int, params: ctypes.Structure, early: bool = False) -> None:
+    def __call__(
+        self, blocks: int, threads: int, params: ctypes.Structure, early: bool = False, shared_bytes: int | None = None
+    ) -> None:
         """Launch on PyTorch's current stream.
 
         Args:
@@ -97,11 +101,12 @@ class Kernel:
             params: the kernel's only parameter.
             early: whether it may start before the kernel ahead of it in the stream has finished (programmatic
                 dependent launch); the kernel itself then waits where it must.
+            shared_bytes: dynamic shared memory, where this launch needs less than was allowed.
         """
         config = self._module._driver.CUlaunchConfig()
         config.gridDimX, config.gridDimY, config.gridDimZ = blocks, 1, 1
         config.blockDimX, config.blockDimY, config.blockDimZ = threads, 1, 1
-        config.sharedMemBytes = self._shared_bytes
+        config.sharedMemBytes = self._shared_bytes if shared_bytes is None else shared_bytes
         config.hStream = torch.cuda.current_stream().cuda_stream
         if early:
             config.attrs, config.numAttrs = [self._early], 1

@@ -1,4 +1,4 @@
-"""The kernels' parameter structures, field by field as `cuda/moe.cu` declares them (passed by value)."""
+"""The kernels' parameter structures, field by field as `cuda/units.cuh` declares them (passed by value)."""
 
 from __future__ import annotations
 
@@ -31,9 +31,8 @@ class Params(ctypes.Structure):
 
     _fields_ = (
         [("routing", Routing), ("weights", Matrix), ("v", Matrix), ("compensator", Compensator)]
-        + [(n, ctypes.c_void_p) for n in ("x", "out", "partial", "choice_weights", "bias", "arrivals", "v_done",
-                                          "to_clear")]
-        + [(n, ctypes.c_int) for n in ("clear_count", "tokens", "topk", "in_features", "row_tiles", "rows",
-                                       "row_divisor", "splits", "v_row_tiles", "activation",
-                                       "choice_weight_type", "k_warps", "block_row_tiles", "groups", "combine_later")]
+        + [(n, ctypes.c_void_p) for n in ("x", "out", "partial", "carry", "choice_weights", "bias", "counters",
+                                          "others")]
+        + [(n, ctypes.c_int) for n in ("tokens", "topk", "in_features", "row_tiles", "rows", "row_divisor", "quanta",
+                                       "v_cost", "activation", "choice_weight_type", "add_items")]
     )  # fmt: skip

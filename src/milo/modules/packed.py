@@ -33,11 +33,16 @@ class PackedWeight(nn.Module):
         super().__init__()
         for name, tensor in zip(_NAMES, matrix.tensors, strict=True):
             self.register_buffer(name, tensor, persistent=False)
-        self._numbers = matrix.numbers
+        self.numbers = matrix.numbers
+
+    @property
+    def tensors(self) -> list[torch.Tensor]:
+        """As `PackedMatrix.tensors`; with `numbers`, what the operators in `torch.ops.milo` take."""
+        return [getattr(self, name) for name in _NAMES]
 
     @property
     def matrix(self) -> PackedMatrix:
-        return PackedMatrix.of([getattr(self, name) for name in _NAMES], self._numbers)
+        return PackedMatrix.of(self.tensors, self.numbers)
 
     def unpack(
         self, member: int, first: int, parts: Sequence[int], ranks: Sequence[int], encoding: Encoding

@@ -7,10 +7,10 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 from milo.checkpoint.layout import Shard
 from milo.checkpoint.writer import FolderWriter
-from milo.pipeline.job import Done, Job
+from milo.pipeline.job import Done, Job, Measured
 from milo.pipeline.journal import Journal
 from milo.pipeline.memory import Peak
-from milo.pipeline.work import Item, worker_count
+from milo.pipeline.work import Item, left_over, worker_count
 
 # Called with (compressed weights so far, all of them, the group that was just finished).
 Progress = Callable[[int, int, str], None]
@@ -43,18 +43,14 @@ class Book:
         self._flusher = ThreadPoolExecutor(1, "flush")  # a shard's flush may take seconds: workers are not kept waiting
         self._flushing: list[Future[None]] = []
 
-    def recover(self, items: Iterable[Item]) -> None:
+    def recover(self) -> None:
         """Take over what the journal has and the disk confirms, and allocate the rest."""
-        by_key = {item.key: item for item in items}
-        claimed = {
-            entry["item"]: Done.from_journal(by_key[entry["item"]], entry)
-            for entry in self.journal.entries
-            if entry["item"] in by_key
-        }
+        claimed = {entry["item"]: Done.from_journal(Item.of(entry["item"]), entry) for entry in self.journal.entries}
         whole: list[Shard] = []
         with ThreadPoolExecutor(worker_count("cpu"), "verify") as pool:
             for done, stored in zip(claimed.values(), pool.map(self.job.is_stored, claimed.values()), strict=True):
-                if stored:
+                # A run that another kind of device went on with may have claimed bytes twice, cut differently.
+                if stored and left_over([done.item], self.done) == [done.item]:
                     whole += self._count(done)
         self.writer.allocate()
         self._complete(whole)
@@ -74,6 +70,14 @@ class Book:
         """Wait until every shard has its name."""
         for future in self._flushing:
             future.result()
+
+    def matrices(self) -> dict[tuple[str, int], Measured]:
+        """What was measured of every solved matrix, by row and member."""
+        return {
+            (item.row, member): measured
+            for item, done in self.done.items()
+            for member, measured in zip(item.members, done.matrices, strict=bool(item.row))
+        }
 
     def close(self) -> None:
         """Let go; shards that wait for their names get them in the next run."""

@@ -10,6 +10,7 @@ import json
 import shutil
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,8 +32,9 @@ from milo.pipeline.job import Job, Measured
 from milo.pipeline.journal import Journal
 from milo.pipeline.layout import MAX_SHARD_SIZE, copied_spec, lay_out_checkpoint
 from milo.pipeline.memory import Peak
+from milo.pipeline.pools import Pool
 from milo.pipeline.schedule import in_order, take_canary
-from milo.pipeline.work import Item, pieces, work_items
+from milo.pipeline.work import left_over, work_items
 from milo.plan.plan import Plan, Row
 from milo.solve.stack import Solved
 
@@ -88,6 +90,7 @@ def compress_checkpoint(
     devices: str | Sequence[str] = "cpu",
     workers: int | None = None,
     ray: bool = False,
+    pool: Pool | None = None,
     max_shard_size: int = MAX_SHARD_SIZE,
     overwrite: bool = False,
     restart: bool = False,
@@ -108,6 +111,7 @@ def compress_checkpoint(
             each, so a script that names them needs the usual `if __name__ == "__main__"`.
         workers: threads if the CPU solves; its cores by default.
         ray: solve on a Ray cluster instead.
+        pool: what `open_pool` made of these three, if it was to get ready earlier. It serves this run only.
         max_shard_size: bytes a shard.
         overwrite: replace a finished output.
         restart: throw an unfinished run away.
@@ -126,33 +130,24 @@ def compress_checkpoint(
     shards = lay_out_checkpoint(source, inventory, plan, max_shard_size)
     writer = FolderWriter(out, shards)
     groups = {group.name: group for group in inventory.candidates}
-    kept = inventory.kept(plan.by_name)
-    job = Job(source, groups, plan, tuple(kept), writer.place, importance or {})
-    items = work_items(plan, {name: copied_spec(source, name).nbytes for name in kept})
+    copied = {name: copied_spec(source, name).nbytes for name in inventory.kept(plan.by_name)}
+    job = Job(source, groups, plan, tuple(copied), writer.place, importance or {})
     journal = _open_journal(writer, _header(source, plan, max_shard_size), restart)
     book = Book(job, journal, writer, progress)
     try:
-        book.recover(items)
-        resumed = book.weights
-        pool = None
-        left = [item for item in in_order(items, plan) if item not in book.done]
-        try:
-            if left:
-                pool = open_pool(job, devices, workers, ray)
-                for part in take_canary(left, plan, pool.workers):
-                    book.enter(pool.run(part))
-        finally:
-            if pool is not None:
-                pool.close()
+        book.recover()
+        kept = book.weights
+        if left_over(work_items(plan, copied), book.done):
+            with closing(pool or open_pool(devices, workers, ray)) as opened:
+                opened.begin(job)
+                items = left_over(work_items(plan, copied, opened.device), book.done)
+                for part in take_canary(in_order(items, plan), plan, opened.workers):
+                    book.enter(opened.run(part))
         book.settle()
         seconds = time.perf_counter() - begin
+        measured = book.matrices()
         matrices = [
-            describe(row, member, measured)
-            for row in plan.rows
-            for members in pieces(row)
-            for member, measured in zip(
-                members, book.done[Item(row.name, members.start, members.stop)].matrices, strict=True
-            )
+            describe(row, member, measured[row.name, member]) for row in plan.rows for member in range(len(row.ranks))
         ]
         report = {**summary(plan, shards), "command": command, "seconds": round(seconds, 2), "matrices": matrices}
         config = {**source.config, "quantization_config": quantization_config(plan, base_model)}
@@ -163,7 +158,7 @@ def compress_checkpoint(
     finally:
         book.close()
         journal.close()
-    return Compressed(out, report, seconds, resumed, book.stages, book.peak())
+    return Compressed(out, report, seconds, kept, book.stages, book.peak())
 
 
 def check_destination(source: Checkpoint, out: Path, overwrite: bool) -> None:

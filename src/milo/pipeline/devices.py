@@ -7,7 +7,6 @@ from collections.abc import Sequence
 import torch
 
 from milo.errors import DeviceError
-from milo.pipeline.job import Job
 from milo.pipeline.pools import Lane, Pool, ProcessPool, ThreadPool
 from milo.pipeline.work import worker_count
 
@@ -50,11 +49,10 @@ def parallel_items(devices: Sequence[str], workers: int | None) -> int:
     return (workers or worker_count("cpu")) if tuple(devices) == ("cpu",) else 1
 
 
-def open_pool(job: Job, devices: Sequence[str], workers: int | None = None, ray: bool = False) -> Pool:
-    """The pool for these devices.
+def open_pool(devices: Sequence[str], workers: int | None = None, ray: bool = False) -> Pool:
+    """The pool for these devices, which gets ready from now on.
 
     Args:
-        job: the compression.
         devices: from `visible_devices`.
         workers: threads, if the CPU solves; its cores by default.
         ray: ignore both and use whatever the Ray cluster has.
@@ -65,9 +63,9 @@ def open_pool(job: Job, devices: Sequence[str], workers: int | None = None, ray:
     if ray:
         from milo.pipeline.on_ray import RayPool  # an extra
 
-        return RayPool(job)
+        return RayPool()
     if len(devices) > 1:
-        return ProcessPool(job, devices)
+        return ProcessPool(devices)
     if devices[0] == "cpu":
-        return ThreadPool(job, workers or worker_count("cpu"))
-    return Lane(job, devices[0])
+        return ThreadPool(workers or worker_count("cpu"))
+    return Lane(devices[0])

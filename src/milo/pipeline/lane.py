@@ -1,6 +1,6 @@
 """One device kept busy: while it solves an item, the next is being read and the last is being written.
 
-Three threads and two short queues. The reader fills page-locked memory up to `AHEAD` items early; the calling thread
+Three threads and two short queues. The reader fills page-locked memory, of at most `AHEAD` items; the calling thread
 copies to the device and solves; the writer fetches the result on a stream of its own, hashes it and writes it. Every
 queue is bounded, and so is the memory.
 """
@@ -18,9 +18,9 @@ from milo.pipeline.job import Done, Job, on_device
 from milo.pipeline.work import Item, Stack
 from milo.solve.stack import Solved
 
-AHEAD = 2  # items that are read before they are needed
+AHEAD = 2  # items that have been read, the one that is being solved included
 BEHIND = 2  # solved items that may wait for the disk
-DEPTH = AHEAD + BEHIND + 1  # items that a lane holds at most
+DEPTH = AHEAD + BEHIND + 1  # items that a lane holds at most, the one that is being written included
 
 # Gives the next item. None means that there is none now, or, if the lane says that it is idle, none ever.
 Take = Callable[[bool], Item | None]
@@ -61,8 +61,10 @@ def run_lane(job: Job, device: str, take: Take) -> Iterator[Done]:
             if coming:
                 item, future = coming.popleft()
                 stack, reading = future.result()
+                del future  # which holds the stack as well
                 begin = time.perf_counter()
                 solved = job.solve(item, stack, device)
+                del stack  # its page-locked memory is what the next item is read into
                 ready = torch.cuda.current_stream(device).record_event() if on_gpu else None
                 leaving.append(writer.submit(write, item, solved, ready, reading, time.perf_counter() - begin))
             elif not leaving:

@@ -80,7 +80,7 @@ def measure_menu(
     pool = solving_threads(workers)
     try:
         with one_thread():
-            items = ((row, members) for row in rows for members in pieces(row))
+            items = ((row, members) for row in rows for members in pieces(row, device))
             for row, members, found in as_finished(pool, solve, items, workers + 1):
                 members_of[row.name] |= dict(zip(members, found, strict=True))
                 done += len(members) * row.shape[0] * row.shape[1]

@@ -30,10 +30,20 @@ class Peak:
 def host_peak() -> int:
     """Peak resident bytes of this process."""
     # Not ru_maxrss: Linux hands that of the parent down through fork and exec.
+    unit = 1 if sys.platform == "darwin" else 1024
+    return _status("VmHWM") or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def host_now() -> int:
+    """Resident bytes of this process, or their peak where the system does not tell."""
+    return _status("VmRSS") or host_peak()
+
+
+def _status(key: str) -> int | None:
+    """Bytes from Linux's account of this process."""
     status = Path("/proc/self/status")
     if status.exists():
         for line in status.read_text().splitlines():
-            if line.startswith("VmHWM:"):
+            if line.startswith(key + ":"):
                 return int(line.split()[1]) * 1024
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return None

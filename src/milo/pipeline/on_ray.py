@@ -22,7 +22,7 @@ class RayPool:
         DeviceError: Ray is not installed.
     """
 
-    def __init__(self, job: Job) -> None:
+    def __init__(self) -> None:
         try:
             ray: Any = import_module("ray")
         except ImportError:
@@ -34,17 +34,20 @@ class RayPool:
         have = ray.cluster_resources()
         gpus = int(have.get("GPU", 0))
         self.workers = gpus or int(have["CPU"])
-        self._device = "cuda:0" if gpus else "cpu"  # Ray shows a task its own GPU only
+        self.device = "cuda:0" if gpus else "cpu"  # Ray shows a task its own GPU only
         share = {"num_gpus": 1} if gpus else {"num_cpus": 1}
         self._task = ray.remote(**share)(_carry)
-        self._job = ray.put(job)
+        self._job: Any = None
         self._flying: list[Any] = []
+
+    def begin(self, job: Job) -> None:
+        self._job = self._ray.put(job)
 
     def run(self, items: Iterable[Item]) -> Iterator[Done]:
         waiting = iter(items)
         while True:
             while len(self._flying) < 2 * self.workers and (item := next(waiting, None)) is not None:
-                self._flying.append(self._task.remote(self._job, item, self._device))
+                self._flying.append(self._task.remote(self._job, item, self.device))
             if not self._flying:
                 return
             finished, self._flying = self._ray.wait(self._flying)
@@ -54,6 +57,7 @@ class RayPool:
     def close(self) -> None:
         for reference in self._flying:
             self._ray.cancel(reference, force=True)
+        self._flying = []
         if self._ours:
             self._ray.shutdown()
 

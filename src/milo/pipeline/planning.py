@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
+from math import prod
+
+import torch
 
 from milo.checkpoint.inventory import Inventory, Placement, take_inventory
 from milo.checkpoint.source import Checkpoint
-from milo.pipeline.work import piece_bytes, read_matrices, worker_count
+from milo.pipeline.work import one_thread, piece_bytes, read_matrix, worker_count
 from milo.plan.plan import Plan, make_plan
 from milo.plan.ranks import Evidence
 from milo.plan.recipe import Recipe
 from milo.plan.statistics import WeightStatistics
+
+# Bytes of float32 matrices that are looked at at a time; the source's are mostly half as large.
+_IN_HAND = 1 << 31
 
 
 @dataclass(frozen=True)
@@ -57,9 +65,12 @@ def plan_source(
         PlanError: the policy is unknown or lacks counts.
         WeightError: NaN or Inf in a weight that was looked at.
     """
-    statistics = WeightStatistics(lambda group: read_matrices(source.checkpoint, group), on_group)
-    evidence = Evidence(statistics.kurtosis, counts)
-    return make_plan(source.inventory, recipe, source.checkpoint.config, evidence)
+    largest = max((4 * prod(group.shape) for group in source.inventory.groups), default=1)
+    readers = max(1, min(worker_count("cpu"), _IN_HAND // largest))
+    with ThreadPoolExecutor(readers, "look", torch.set_num_threads, (1,)) as pool, one_thread():
+        statistics = WeightStatistics(lambda group: partial(read_matrix, source.checkpoint, group), on_group, pool.map)
+        evidence = Evidence(statistics.kurtosis, counts)
+        return make_plan(source.inventory, recipe, source.checkpoint.config, evidence)
 
 
 def peak_bytes(plan: Plan, device: str = "cpu", workers: int | None = None) -> int:
@@ -70,4 +81,4 @@ def peak_bytes(plan: Plan, device: str = "cpu", workers: int | None = None) -> i
         device: where; each GPU has one item at a time.
         workers: CPU threads, all cores by default.
     """
-    return (workers or worker_count(device)) * max(piece_bytes(row) for row in plan.rows)
+    return (workers or worker_count(device)) * max(piece_bytes(row, device) for row in plan.rows)

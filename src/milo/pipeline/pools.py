@@ -3,6 +3,9 @@
 All pools do the same: `run` carries items out in any order and yields what is finished. Python's threads are enough
 for the cores of a CPU, since PyTorch releases the interpreter while it computes. GPUs get a process each, because
 the kernel launches of two of them would fight for one interpreter.
+
+A pool exists before its job does: a worker process takes seconds to import PyTorch and to get its GPU ready, which
+pass while the plan is made.
 """
 
 from __future__ import annotations
@@ -24,25 +27,37 @@ from typing import Protocol, TypeVar
 import torch
 
 from milo.errors import DeviceError
+from milo.format.matrix import Encoding
 from milo.pipeline.job import Done, Job, on_device
 from milo.pipeline.lane import DEPTH, run_lane
 from milo.pipeline.work import Item, one_thread
+from milo.solve.stack import solve_stack
 
 A = TypeVar("A")
 B = TypeVar("B")
 
 
 class Pool(Protocol):
-    """Something that carries out items. `workers` of them at a time."""
+    """Something that carries out a job's items.
+
+    Attributes:
+        workers: items at a time.
+        device: a device of the kind that solves.
+    """
 
     workers: int
+    device: str
+
+    def begin(self, job: Job) -> None:
+        """Say what `run` is about; once, and first."""
+        ...
 
     def run(self, items: Iterable[Item]) -> Iterator[Done]:
         """Carry out items, starting them in the order given; yields each as it is finished."""
         ...
 
     def close(self) -> None:
-        """Stop without waiting for items that are being solved."""
+        """Stop without waiting for items that are being solved; may be called twice."""
         ...
 
 
@@ -73,11 +88,16 @@ class ThreadPool:
     minute: once that thread has ended, nothing of this run can reach the folder any more.
     """
 
-    def __init__(self, job: Job, workers: int) -> None:
-        self.job = job
+    device = "cpu"
+    job: Job
+
+    def __init__(self, workers: int) -> None:
         self.workers = workers
         self._pool = solving_threads(workers)
         self._scribe = ThreadPoolExecutor(1, "write")
+
+    def begin(self, job: Job) -> None:
+        self.job = job
 
     def run(self, items: Iterable[Item]) -> Iterator[Done]:
         def carry(item: Item) -> Done:
@@ -95,10 +115,13 @@ class Lane:
     """One GPU, driven by this process."""
 
     workers = 1
+    job: Job
 
-    def __init__(self, job: Job, device: str) -> None:
-        self.job = job
+    def __init__(self, device: str) -> None:
         self.device = device
+
+    def begin(self, job: Job) -> None:
+        self.job = job
 
     def run(self, items: Iterable[Item]) -> Iterator[Done]:
         waiting = iter(items)
@@ -113,24 +136,28 @@ class ProcessPool:
     """One process a device, fed from one queue. Works with `["cpu", "cpu"]` too.
 
     Args:
-        job: the compression.
-        devices: one a process.
+        devices: one a process, all of one kind.
         start: how processes are started; only spawned ones may use a GPU that this process has looked at.
     """
 
-    def __init__(self, job: Job, devices: Sequence[str], start: str = "spawn") -> None:
+    def __init__(self, devices: Sequence[str], start: str = "spawn") -> None:
         self.workers = len(devices)
+        self.device = devices[0]
         self._lanes: list[tuple[Connection, BaseProcess, str]] = []
         context = get_context(start)
         with _interrupts_blocked():
             for device in devices:
                 ours, theirs = context.Pipe()
                 process = context.Process(  # type: ignore[attr-defined]
-                    target=_serve, args=(theirs, job, device), name=f"milo {device}", daemon=True
+                    target=_serve, args=(theirs, device), name=f"milo {device}", daemon=True
                 )
                 process.start()
                 theirs.close()
                 self._lanes.append((ours, process, device))
+
+    def begin(self, job: Job) -> None:
+        for lane in self._lanes:
+            _send(lane, job)
 
     def run(self, items: Iterable[Item]) -> Iterator[Done]:
         waiting = deque(items)
@@ -159,9 +186,9 @@ class ProcessPool:
         self._lanes.clear()
 
 
-def _send(lane: tuple[Connection, BaseProcess, str], item: Item) -> None:
+def _send(lane: tuple[Connection, BaseProcess, str], message: Job | Item) -> None:
     try:
-        lane[0].send(item)
+        lane[0].send(message)
     except OSError:
         _receive(lane)  # the worker is gone; what it last said, if anything, tells why
 
@@ -182,8 +209,8 @@ def _receive(lane: tuple[Connection, BaseProcess, str]) -> Done:
     return answer
 
 
-def _serve(pipe: Connection, job: Job, device: str) -> None:
-    """The life of a worker process: a lane fed by a pipe."""
+def _serve(pipe: Connection, device: str) -> None:
+    """The life of a worker process: a lane fed by a pipe, first with the job and then with its items."""
     threading.Thread(target=_die_with_parent, daemon=True).start()
     torch.set_num_threads(1)
 
@@ -192,7 +219,8 @@ def _serve(pipe: Connection, job: Job, device: str) -> None:
 
     try:
         with on_device(device):
-            for done in run_lane(job, device, take):
+            _get_ready(device)
+            for done in run_lane(pipe.recv(), device, take):
                 pipe.send(done)
     except EOFError:
         return
@@ -200,6 +228,12 @@ def _serve(pipe: Connection, job: Job, device: str) -> None:
         error.add_note(f"in the worker process on {device}:\n{traceback.format_exc()}")
         pipe.send(error)
         os._exit(1)  # not before the parent has it; nobody waits for items that are being read
+
+
+def _get_ready(device: str) -> None:
+    """Make a GPU's context and load libraries and kernels, which the first item would wait for."""
+    if device.startswith("cuda"):
+        solve_stack(torch.randn(2, 64, 128, device=device), [8, 8], Encoding(), rounds=3)
 
 
 @contextmanager

@@ -7,6 +7,10 @@ weight shrinks by s², matrix products and orthogonalisations by s³, and the fo
 compensator (at both sizes, since large arrays cost more a weight: the system maps them anew each time). Kinds that
 the time does not suffice for get the measured ones' seconds a pass.
 
+On a GPU a trial is as large as an item, since a small one would measure how long launches take, and what it measures
+has run before, with all its rounds: the first time compiles kernels and lets libraries choose, which happens once in a
+run and must not be multiplied.
+
 The items' times are then dealt out as the pool does it. Reading overlaps with solving, so the longer of the two is
 told; its rate is sampled from the source, where the operating system's cache may flatter it. Writing is not predicted.
 """
@@ -15,8 +19,8 @@ from __future__ import annotations
 
 import heapq
 import time
-from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from math import prod, sqrt
@@ -28,18 +32,16 @@ from milo.checkpoint.source import Checkpoint
 from milo.format.matrix import Encoding
 from milo.pipeline.devices import parallel_items
 from milo.pipeline.job import on_device
-from milo.pipeline.lane import DEPTH
-from milo.pipeline.memory import host_peak
+from milo.pipeline.lane import AHEAD
+from milo.pipeline.memory import host_now, host_peak
 from milo.pipeline.planning import peak_bytes
 from milo.pipeline.schedule import in_order, passes
-from milo.pipeline.work import Item, one_thread, work_items
+from milo.pipeline.work import Item, one_thread, piece_size, work_items
 from milo.plan.plan import Plan
-from milo.solve.stack import solve_stack
+from milo.solve.stack import buckets, solve_stack
 
-BUDGET = 2.0  # seconds
-# Weights of a trial: on a CPU few enough for dozens of trials, on a GPU a real item, since a small one would measure
-# how long launches take.
-_SAMPLE = {"cpu": 1 << 18, "cuda": 1 << 24}
+BUDGET = 2.0  # seconds; on a GPU without those of the first times
+_SAMPLE = 1 << 18  # weights of a trial on a CPU: few enough for dozens of them
 _PLAIN = 1 << 23  # weights of a trial without a compensator
 _READ = 1 << 26  # bytes read to see how fast the source is
 
@@ -88,32 +90,42 @@ def predict(source: Checkpoint, plan: Plan, devices: Sequence[str], workers: int
         workers: CPU threads.
     """
     device, at_once = devices[0], parallel_items(devices, workers)
-    items = in_order(work_items(plan, {}), plan)
-    work = {item: kinds_of(item, plan) for item in items}
+    items = in_order(work_items(plan, {}, device), plan)
+    work = {item: kinds_of(item, plan, device) for item in items}
     seconds = _measure(list(work.values()), plan.rounds, device, at_once)
     durations = [sum(count * seconds[kind] for kind, count in kinds.items()) for kinds in work.values()]
     lanes = at_once * len(devices)
     reading = sum(info.nbytes for info in source.tensors.values()) / _read_rate(source)
     largest = max(len(item.members) * prod(plan.by_name[item.row].shape) for item in items)
     on_gpu = device != "cpu"
-    buffers = DEPTH * 2 * largest if on_gpu else peak_bytes(plan, device, at_once)
+    if on_gpu:  # PyTorch's page-locked buffers are powers of two
+        host = max(host_peak(), host_now() + AHEAD * (1 << (2 * largest - 1).bit_length()))
+        torch.cuda.empty_cache()  # what the trials took is not the run's
+        torch.cuda.reset_peak_memory_stats(device)
+    else:
+        host = host_peak() + peak_bytes(plan, device, at_once)
     return Prediction(
         max(makespan(durations, lanes), reading),
         sum(durations),
         reading,
         lanes,
-        host_peak() + buffers,
+        host,
         peak_bytes(plan, device) if on_gpu else 0,
     )
 
 
-def kinds_of(item: Item, plan: Plan) -> Counter[Kind]:
+def kinds_of(item: Item, plan: Plan, device: str = "cpu") -> Counter[Kind]:
     """The kinds of an item's matrices; those that `solve_stack` fits together count with their highest rank."""
     row = plan.by_name[item.row]
-    together: dict[int, list[int]] = defaultdict(list)
-    for rank in row.ranks[item.first : item.stop]:
-        together[rank.bit_length()].append(rank)
-    return Counter({Kind(row.shape, row.encoding, row.grid, max(ranks)): len(ranks) for ranks in together.values()})
+    ranks = row.ranks[item.first : item.stop]
+    together = buckets(ranks, min(row.shape), torch.device(device).type)
+    highest = [max(ranks[member] for member in members) for members in together]
+    return Counter(
+        {
+            Kind(row.shape, row.encoding, row.grid, rank): len(members)
+            for rank, members in zip(highest, together, strict=True)
+        }
+    )
 
 
 def makespan(durations: Sequence[float], workers: int) -> float:
@@ -136,7 +148,7 @@ def _measure(items: Sequence[Counter[Kind]], rounds: int, device: str, threads: 
         trial = _Trial(pool, threads, device)
         for kind in order:
             measured[kind] = trial.seconds(kind, rounds, together[kind])
-            if time.perf_counter() > deadline:
+            if time.perf_counter() - trial.first_times > deadline:
                 break
     rate = sum(measured.values()) / sum(expected[kind] for kind in measured)
     return {kind: measured.get(kind, expected[kind] * rate) for kind in work}
@@ -149,7 +161,9 @@ class _Trial:
         self.pool = pool
         self.threads = threads
         self.device = device
-        self.sample = _SAMPLE[torch.device(device).type]
+        self.on_gpu = device != "cpu"
+        self.sample = piece_size(device) if self.on_gpu else _SAMPLE
+        self.first_times = 0.0  # seconds spent on them
         self._warm: set[Any] = set()
         self._plain: dict[Any, float] = {}  # seconds a weight of solving without a compensator
 
@@ -182,19 +196,27 @@ class _Trial:
         return self._plain[key]
 
     def _time(self, kind: Kind, shape: tuple[int, int], stack: int, rank: int, rounds: int) -> float:
-        weight = torch.randn(stack, *shape, generator=torch.Generator().manual_seed(0)).mul_(0.02).to(self.device)
+        generator = torch.Generator(self.device).manual_seed(0)
+        weight = torch.randn(stack, *shape, generator=generator, device=self.device).mul_(0.02)
 
-        def solve(_: int = 0) -> float:
+        def solve(rounds: int) -> float:
             with on_device(self.device):
                 begin = time.perf_counter()
                 solved = solve_stack(weight, [rank] * stack, kind.encoding, kind.grid, rounds, "a trial")
                 solved[-1].tensors["weight_packed"].cpu()  # waits for a GPU
                 return time.perf_counter() - begin
 
-        if (key := (kind.encoding, kind.grid, rank > 0)) not in self._warm:  # compilation, lazy initialisation
-            solve()
+        if self.on_gpu:
+            if (shapes := (kind.encoding, kind.grid, shape, stack, rank)) not in self._warm:
+                self.first_times += self._on_all(solve, 3)
+                self._warm.add(shapes)
+        elif (key := (kind.encoding, kind.grid, rank > 0)) not in self._warm:  # lazy initialisation
+            solve(rounds)
             self._warm.add(key)
-        return sum(self.pool.map(solve, range(self.threads))) / self.threads
+        return self._on_all(solve, rounds)
+
+    def _on_all(self, solve: Callable[[int], float], rounds: int) -> float:
+        return sum(self.pool.map(solve, [rounds] * self.threads)) / self.threads
 
 
 def _shrunk(kind: Kind, scale: float) -> tuple[int, int]:

@@ -4,14 +4,21 @@ An item is some members of one group of matrices, at most `PIECE` elements (but 
 tensors that are only copied. Its size is fixed whatever the machine, since it decides which matrices share a batch,
 and so the last bits of the result; on a CPU an item is solved by one thread (`one_thread`), for the same reason. So
 items may be solved in any order by any number of threads, GPUs or machines, and the files are the same.
+
+The size differs between *kinds* of device, whose last bits differ anyway and which never share a run. A CPU holds an
+item a core, so an item is small. A GPU holds one: it is large, because a round of a small stack takes as long as its
+some 50 launches (DeepSeek-MoE-16B, 20 rounds on an H100, with 75 launches: 3.3 s a layer at 2²⁴, 1.5 s at 2²⁶). At 2²⁷
+an item is 268 MB of bfloat16, which is what bounds it from above: the host holds two of them in page-locked memory.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import groupby
 
 import torch
 
@@ -20,9 +27,10 @@ from milo.checkpoint.source import TORCH_DTYPES, Checkpoint, multiply_out
 from milo.plan.plan import Plan, Row
 from milo.solve.stack import Solved, solve_stack
 
-PIECE = 1 << 24
+PIECE = {"cpu": 1 << 24, "cuda": 1 << 27}  # weights, by type of device
 COPIED = 1 << 28  # bytes of copied tensors in an item (or a single one)
-# Measured peak of `solve_stack` in float32 copies of its input (the source tensor and the result included).
+# Measured peak of `solve_stack` in float32 copies of its input (the source tensor and the result included); a GPU took
+# 4.6 for DeepSeek-MoE-16B's experts and up to 8.4 for a matrix of Mixtral-8x7B.
 COPIES = 8
 
 
@@ -44,6 +52,13 @@ class Item:
     def key(self) -> str:
         """Its name in the journal."""
         return f"{self.row}[{self.first}:{self.stop}]"
+
+    @classmethod
+    def of(cls, key: str) -> Item:
+        """The item of this name."""
+        row, _, members = key.removesuffix("]").rpartition("[")
+        first, _, stop = members.partition(":")
+        return cls(row, int(first), int(stop))
 
     @property
     def members(self) -> range:
@@ -69,12 +84,18 @@ class Stack:
         return multiply_out(weight, self.scales.to(device), self.block)
 
 
-def work_items(plan: Plan, copied: Mapping[str, int]) -> list[Item]:
+def piece_size(device: str) -> int:
+    """Weights of an item at most (but at least one matrix)."""
+    return PIECE.get(torch.device(device).type, PIECE["cpu"])
+
+
+def work_items(plan: Plan, copied: Mapping[str, int], device: str = "cpu") -> list[Item]:
     """Everything that is to be done, in the order of the output.
 
     Args:
         plan: what is compressed.
         copied: the other tensors and their bytes.
+        device: of the kind that will solve.
     """
     items = []
     first = size = 0
@@ -85,8 +106,22 @@ def work_items(plan: Plan, copied: Mapping[str, int]) -> list[Item]:
         size += nbytes
     if copied:
         items.append(Item("", first, len(copied)))
-    items += [Item(row.name, members.start, members.stop) for row in plan.rows for members in pieces(row)]
+    items += [Item(row.name, members.start, members.stop) for row in plan.rows for members in pieces(row, device)]
     return items
+
+
+def left_over(items: Iterable[Item], done: Iterable[Item]) -> list[Item]:
+    """What of `items` is in none of `done`, which may have been cut for another kind of device."""
+    finished: dict[str, set[int]] = defaultdict(set)
+    for item in done:
+        finished[item.row].update(item.members)
+    left = []
+    for item in items:
+        for is_done, run in groupby(item.members, finished[item.row].__contains__):
+            if not is_done:
+                members = list(run)
+                left.append(Item(item.row, members[0], members[-1] + 1))
+    return left
 
 
 def worker_count(device: str) -> int:
@@ -107,9 +142,9 @@ def one_thread() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def pieces(row: Row) -> Iterator[range]:
-    """Consecutive members that are solved together."""
-    size = max(1, PIECE // (row.shape[0] * row.shape[1]))
+def pieces(row: Row, device: str = "cpu") -> Iterator[range]:
+    """Consecutive members that are solved together on a device."""
+    size = max(1, piece_size(device) // (row.shape[0] * row.shape[1]))
     for first in range(0, len(row.ranks), size):
         yield range(first, min(first + size, len(row.ranks)))
 
@@ -156,13 +191,12 @@ def read_members(checkpoint: Checkpoint, group: Group, members: range, pinned: b
     return Stack(weight, scales, block[::-1] if group.transposed else block)
 
 
-def read_matrices(checkpoint: Checkpoint, group: Group) -> Iterator[torch.Tensor]:
-    """The matrices of a group one by one, `[N, K]`."""
-    for member in range(group.count):
-        yield read_members(checkpoint, group, range(member, member + 1)).on("cpu")[0]
+def read_matrix(checkpoint: Checkpoint, group: Group, member: int) -> torch.Tensor:
+    """One matrix of a group, `[N, K]`."""
+    return read_members(checkpoint, group, range(member, member + 1)).on("cpu")[0]
 
 
-def piece_bytes(row: Row) -> int:
-    """Peak bytes while the largest piece of a row is solved."""
-    longest = max(len(members) for members in pieces(row))
+def piece_bytes(row: Row, device: str = "cpu") -> int:
+    """Peak bytes while the largest piece of a row is solved on a device."""
+    longest = max(len(members) for members in pieces(row, device))
     return longest * row.shape[0] * row.shape[1] * 4 * COPIES

@@ -14,7 +14,7 @@ What is *not* here, and why (measured, see docs/log.md):
   after 20 rounds is the same within 0.3 % (within 0.8 % at half of the full rank).
 * **No QR.** Householder QR of a stack is a loop over its members on a GPU, with host syncs. `_orthonormal` is a
   Cholesky factorisation of the Gram matrix (two in a cold start, whose columns are worse conditioned) and a
-  Newton-Schulz step: products, mostly.
+  Newton-Schulz step: products, mostly. On a GPU a kernel factorises and inverts up to 128 columns in one launch.
 
 A member whose rank is below the stack's width has zero columns, which every step keeps at zero.
 
@@ -28,6 +28,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+
+from milo.kernels.solver import calls
 
 COLD_PASSES = 6
 # Relative to a unit diagonal. Above the rounding error of a float32 Gram matrix of up to 1024 columns whatever their
@@ -124,6 +126,11 @@ def _orthonormal(columns: torch.Tensor, steps: int) -> torch.Tensor:
     explains less than it might, but never invents energy. (In a residual whose directions differ by more than that,
     the few large ones are nearly all of the error.)
     """
+    # One wide matrix is what the libraries are good at; their batched factorisations are slow, the more so if wide.
+    if calls.usable(columns) and (columns.shape[-1] <= calls.WIDEST or len(columns) > 1):
+        for step in range(steps):
+            columns = columns @ _whitener(columns.mT @ columns, unit=step == 0)
+        return torch.baddbmm(columns, columns, columns.mT @ columns, beta=1.5, alpha=-0.5)
     unit = torch.eye(columns.shape[-1], device=columns.device)
     columns = columns * _inverse(torch.linalg.vector_norm(columns, dim=1, keepdim=True))
     for _ in range(steps):
@@ -133,6 +140,26 @@ def _orthonormal(columns: torch.Tensor, steps: int) -> torch.Tensor:
         columns = columns @ torch.linalg.solve_triangular(root, unit.expand_as(gram), upper=False).mT
     # Newton-Schulz: singular values σ become σ(3 − σ²)/2, so what the shift took from them comes back.
     return columns @ (1.5 * unit - 0.5 * (columns.mT @ columns))
+
+
+def _whitener(gram: torch.Tensor, unit: bool) -> torch.Tensor:
+    """`calls.whitener` for any width: the kernel's elimination once more, a block of columns a step."""
+    width, step = gram.shape[-1], calls.WIDEST
+    if width <= step:
+        return calls.whitener(gram, _SHIFT, unit)
+    length = gram.diagonal(dim1=-2, dim2=-1).sqrt()
+    scale = _inverse(length) if unit else torch.ones_like(length)
+    tile = gram * scale[:, None] * scale[..., None]
+    tile.diagonal(dim1=-2, dim2=-1).add_(_SHIFT)
+    for first in range(0, width, step):
+        block, rest = slice(first, first + step), slice(first + step, width)
+        inverse = calls.whitener(tile[:, block, block], 0.0, unit=False).mT
+        line = inverse @ tile[:, block]
+        line[..., block] = inverse
+        tile[:, block] = line
+        tile[:, rest, block] = 0
+        tile[:, rest] -= line[..., rest].mT @ line
+    return (tile.tril() * scale[:, None]).mT
 
 
 def _inverse(length: torch.Tensor) -> torch.Tensor:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -24,6 +24,10 @@ from milo.solve.half_quadratic import hqq_grid
 from milo.solve.lowrank import whole
 
 GRIDS: dict[str, GridSearch] = {"rtn": minmax_grid, "hqq": hqq_grid, "mse": mse_grid}
+_FULL = 64  # the bucket of full rank, above the bit length of any rank
+# Bit length below which ranks are not told apart. A GPU reads a residual in the time that products with 128 columns
+# take, and up to there orthonormalises in one launch (`calls.WIDEST`), so that few buckets are best.
+_LEAST = {"cuda": 7}
 # Grids whose compensators start from the weights; the others start as the paper does.
 FACTORS_FIRST = ("mse",)
 # Grids that know how to weight the in-features.
@@ -84,9 +88,7 @@ def solve_stack(
     weight = weight.float().contiguous()
     _check_values(weight, name)
     results: dict[int, Solved] = {}
-    # A GPU reads the residual in the time that products with 64 columns take, so that few buckets are best there.
-    least = 6 if weight.is_cuda else 0
-    for members in _buckets(ranks, min(weight.shape[1:]), least):
+    for members in buckets(ranks, min(weight.shape[1:]), weight.device.type):
         index = torch.tensor(members, device=weight.device)
         part = weight if len(members) == weight.shape[0] else weight[index]
         ours = None if importance is None else importance.to(weight.device)[index]
@@ -166,14 +168,21 @@ def _code_tensors(codes: torch.Tensor, encoding: Encoding) -> dict[str, torch.Te
     }
 
 
-def _buckets(ranks: list[int], full: int, least: int) -> list[list[int]]:
-    """Members grouped by `rank.bit_length()`, lowest ranks first and those of full rank last.
+def buckets(ranks: Sequence[int], full: int, device_type: str) -> list[list[int]]:
+    """Members that are solved together, lowest ranks first.
 
-    Widths below `least` bits are not told apart, but for rank 0.
+    Args:
+        ranks: of every member.
+        full: the smaller side of the matrices.
+        device_type: `cpu` or `cuda`.
+
+    Returns:
+        Members of rank 0, members grouped by `rank.bit_length()` (short ones together on a GPU), those of full rank.
     """
+    least = _LEAST.get(device_type, 0)
     grouped: dict[int, list[int]] = defaultdict(list)
     for member, rank in enumerate(ranks):
-        key = max(rank.bit_length(), least) if 0 < rank < full else rank and full.bit_length() + 1
+        key = max(rank.bit_length(), least) if 0 < rank < full else rank and _FULL
         grouped[key].append(member)
     return [grouped[key] for key in sorted(grouped)]
 

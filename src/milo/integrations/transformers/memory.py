@@ -66,8 +66,8 @@ def compress_model(
     inventory, _ = inventory_of(model)
     by_name: dict[str, Site] = {}
 
-    def read(group: Group) -> list[torch.Tensor]:
-        return list(by_name[group.name].source(model))
+    def read(group: Group) -> Callable[[int], torch.Tensor]:
+        return by_name[group.name].source(model).__getitem__
 
     recipe = config.for_model(settings)
     blank = make_plan(inventory, replace(recipe, ranks="none"), settings, Evidence(lambda group: []))
@@ -126,13 +126,13 @@ def save_compressed(model: PreTrainedModel, folder: str | Path, **kwargs: Any) -
 
 def inventory_of(model: PreTrainedModel) -> tuple[Inventory, dict[str, Placement]]:
     """The inventory of a model in memory, under the names `save_pretrained` would write, and its placements."""
-    shapes = _checkpoint_shapes(model)
+    shapes = checkpoint_shapes(model)
     placed = placements(model, shapes)
     heads = [_Head(name, "F32", shape) for name, shape in shapes.items()]
     return take_inventory(heads, model.config.to_dict(), placed), placed
 
 
-def _checkpoint_shapes(model: PreTrainedModel) -> Mapping[str, tuple[int, ...]]:
+def checkpoint_shapes(model: PreTrainedModel) -> Mapping[str, tuple[int, ...]]:
     """Names and shapes that `save_pretrained` would write, without copying a weight."""
     tied = set(getattr(model, "all_tied_weights_keys", None) or ())
     state = {name: t.to("meta") for name, t in model.state_dict().items() if name not in tied}

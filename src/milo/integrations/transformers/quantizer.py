@@ -233,8 +233,9 @@ def compress_site(site: Site, model: nn.Module, weight: torch.Tensor, rounds: in
     Returns:
         The solved matrices.
     """
+    parts = pieces(site.row, weight.device.type)
     with one_thread():
-        solved = [s for part in pieces(site.row) for s in solve_piece(_cut(weight, part), site.row, part, rounds)]
+        solved = [s for part in parts for s in solve_piece(_cut(weight, part), site.row, part, rounds)]
     site.attach(model, solved)
     for matrix in site.matrices(model):
         for tensor in matrix.parameters():

@@ -2,66 +2,72 @@
 #pragma once
 #include "units.cuh"
 
-// One step of U: its codes, and the scales that this lane's ranks take.
-template <int PARTS>
-struct Step {
-  u32 words[3], scales[PARTS][2];
+constexpr int SPLITS = 4;  // of V's K, at most
 
-  __device__ __forceinline__ void load(const Compensator& c, long long at) {
-    const int lane = threadIdx.x % WARP;
+// total += U t, in its units, for the steps first, first + stride, ... PARTS = 2: rows 0-31 use gate's t and rows 32-63 up's.
+// A step is read while nothing waits for it yet; t is complete when V's counter says so.
+template <int PARTS>
+__device__ __forceinline__ void add_factors(const Params& p, const Part& part, int first, int stride,
+                                            Accumulators& total) {
+  const Compensator& c = p.compensator;
+  const int4 entry = __ldg(c.table + items().expert[part.item]);
+  const int lane = threadIdx.x % WARP, steps = entry.w;
+  bool complete = false;
+#pragma unroll 1
+  for (int step = first; step < steps; step += stride) {
+    const long long at = entry.z + static_cast<long long>(part.group) * steps + step;
+    u32 words[3], scales[PARTS][2], pairs[16];
 #pragma unroll
     for (int j = 0; j < 3; ++j) words[j] = __ldg(c.u_codes + (at * 3 + j) * WARP + lane);
 #pragma unroll
-    for (int part = 0; part < PARTS; ++part) {
+    for (int side = 0; side < PARTS; ++side) {
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
-        const u16* from = c.u_scales + (at * PARTS + part) * 16 + 8 * i + lane % 4 * 2;
-        scales[part][i] = __ldg(reinterpret_cast<const u32*>(from));
+        const u16* from = c.u_scales + (at * PARTS + side) * 16 + 8 * i + lane % 4 * 2;
+        scales[side][i] = __ldg(reinterpret_cast<const u32*>(from));
       }
     }
-  }
-};
-
-// total += U t for this warp's share of the ranks. PARTS = 2: rows 0-31 use gate's t and rows 32-63 up's.
-// The first step comes with the call: it was requested before the weights.
-template <int PARTS>
-__device__ __forceinline__ void add_factors(const Params& p, int4 entry, int row_tile, Step<PARTS>& u, Item item,
-                                            Accumulators& total) {
-  const Compensator& c = p.compensator;
-  const int lane = threadIdx.x % WARP, first = threadIdx.x / WARP % p.k_warps, steps = entry.w;
-  for (int step = first; step < steps; step += p.k_warps) {
-    if (step != first) u.load(c, entry.z + static_cast<long long>(row_tile) * steps + step);
-    u32 pairs[16];
-    decode<true, 3, 4>(u.words, pairs);
+    decode<true, 3>(words, pairs);
+    constexpr float unit = 1.0f / (1 << P<true, 3>);
+    constexpr u32 eighth = pattern<true>(unit), shift = pattern<true>(-(BASE<true> * unit + 4));
+#pragma unroll
+    for (int i = 0; i < 16; ++i) pairs[i] = fma2<true>(pairs[i], eighth, shift);
+    if (!complete) wait_until(counters(p).v_done + part.item, entry.y * c.t_splits);
+    complete = true;
 #pragma unroll
     for (int nt = 0; nt < NT; ++nt) {
-      if (nt * 8 < item.count) {
+      if (nt * 8 < part.count) {
         const int n = nt * 8 + lane / 4;
+        const long long pair = items().pairs[part.begin + min(n, part.count - 1)];
 #pragma unroll
-        for (int part = 0; part < PARTS; ++part) {
-          u32 high[2] = {0, 0}, low[2] = {0, 0};
-          if (n < item.count) {
+        for (int side = 0; side < PARTS; ++side) {
+          u32 high[2], low[2];
+          float2 t[2][SPLITS];
 #pragma unroll
-            for (int i = 0; i < 2; ++i) {
-              const int k = (part * steps + step) * 16 + 8 * i + lane % 4 * 2;
-              float a = 0, b = 0;
-#pragma unroll 1
-              for (int s = 0; s < c.t_splits; ++s) {
-                long long row = s * static_cast<long long>(p.routing.pairs) + items().pairs[item.begin + n];
-                float2 t = __ldcg(reinterpret_cast<const float2*>(c.t + row * c.t_stride + k));
-                a += t.x;
-                b += t.y;
-              }
-              a *= from_fp16(static_cast<u16>(u.scales[part][i]));
-              b *= from_fp16(static_cast<u16>(u.scales[part][i] >> 16));
-              high[i] = pair_bf16(a, b);
-              const float rest_a = a - from_bf16(static_cast<u16>(high[i]));
-              const float rest_b = b - from_bf16(static_cast<u16>(high[i] >> 16));
-              low[i] = pair_bf16(rest_a, rest_b);
+          for (int i = 0; i < 2; ++i) {
+#pragma unroll
+            for (int s = 0; s < SPLITS; ++s) {
+              const long long row = min(s, c.t_splits - 1) * static_cast<long long>(p.routing.pairs) + pair;
+              const int k = (side * steps + step) * 16 + 8 * i + lane % 4 * 2;
+              t[i][s] = __ldcg(reinterpret_cast<const float2*>(c.t + row * c.t_stride + k));
             }
           }
 #pragma unroll
-          for (int mt = part * 4 / PARTS; mt < (part + 1) * 4 / PARTS; ++mt) {
+          for (int i = 0; i < 2; ++i) {
+            float a = 0, b = 0;
+#pragma unroll
+            for (int s = 0; s < SPLITS; ++s) {
+              if (s < c.t_splits) a += t[i][s].x, b += t[i][s].y;
+            }
+            a *= 1 / UNIT * from_fp16(static_cast<u16>(scales[side][i]));
+            b *= 1 / UNIT * from_fp16(static_cast<u16>(scales[side][i] >> 16));
+            high[i] = pair_bf16(a, b);
+            const float rest_a = a - from_bf16(static_cast<u16>(high[i]));
+            const float rest_b = b - from_bf16(static_cast<u16>(high[i] >> 16));
+            low[i] = pair_bf16(rest_a, rest_b);
+          }
+#pragma unroll
+          for (int mt = side * 4 / PARTS; mt < (side + 1) * 4 / PARTS; ++mt) {
             mma<true>(total[mt][nt], pairs + mt * 4, high[0], high[1]);
             mma<true>(total[mt][nt], pairs + mt * 4, low[0], low[1]);
           }

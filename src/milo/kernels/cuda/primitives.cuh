@@ -8,7 +8,16 @@ using u64 = unsigned long long;
 
 constexpr int WARP = 32;
 
+extern __shared__ __align__(16) char shared[];
+
 __device__ __forceinline__ u32 shared_address(const void* p) { return static_cast<u32>(__cvta_generic_to_shared(p)); }
+
+// Volatile: read once and kept, not read anew (slowly) in every loop.
+__device__ __forceinline__ int lane_id() {
+  int lane;
+  asm volatile("mov.u32 %0, %laneid;" : "=r"(lane));
+  return lane;
+}
 
 // 16-byte asynchronous copies to shared memory. Weights are read once: they bypass L1 and are the first to leave L2.
 // Activations are shared by the blocks of an SM and go through L1. `bytes` is 16, or 0 to fill with zeros.
@@ -53,6 +62,32 @@ __device__ __forceinline__ int load_acquire(const int* p) {
   asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(v) : "l"(p) : "memory");
   return v;
 }
+__device__ __forceinline__ void wait_until(const int* counter, int value) {
+  while (load_acquire(counter) < value) __nanosleep(20);
+}
+
+// Barriers in shared memory, on which a warp may arrive without waiting. `count` arrivals end a phase; phases are
+// numbered from 0, and a warp is never more than one phase behind.
+using Barrier = u64;
+
+__device__ __forceinline__ void barrier_init(Barrier* b, int count) {
+  asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(shared_address(b)), "r"(count) : "memory");
+}
+__device__ __forceinline__ void warp_arrive(Barrier* b) {  // what all lanes did before counts as done
+  __syncwarp();
+  if (threadIdx.x % WARP == 0) {
+    asm volatile("{ .reg .b64 t; mbarrier.arrive.shared.b64 t, [%0]; }" ::"r"(shared_address(b)) : "memory");
+  }
+}
+__device__ __forceinline__ void wait_phase(Barrier* b, int phase) {
+  u32 done;
+  do {
+    asm volatile("{ .reg .pred p; mbarrier.test_wait.parity.shared.b64 p, [%1], %2; selp.u32 %0, 1, 0, p; }"
+                 : "=r"(done)
+                 : "r"(shared_address(b)), "r"(phase & 1)
+                 : "memory");
+  } while (!done);
+}
 
 // D += A * B, 16x8x16, fp32 accumulators; operands are fp16, or bf16 where B16 is set.
 template <bool B16>
@@ -68,6 +103,13 @@ __device__ __forceinline__ void mma(float (&d)[4], const u32* a, u32 b0, u32 b1)
   }
 }
 
+// (a & mask) | bits, one instruction.
+__device__ __forceinline__ u32 and_or(u32 a, u32 mask, u32 bits) {
+  u32 d;
+  asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(d) : "r"(a), "r"(mask), "r"(bits));
+  return d;
+}
+
 // a * b + c on a pair of 16-bit floats.
 template <bool B16>
 __device__ __forceinline__ u32 fma2(u32 a, u32 b, u32 c) {
@@ -77,13 +119,6 @@ __device__ __forceinline__ u32 fma2(u32 a, u32 b, u32 c) {
   } else {
     asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
   }
-  return d;
-}
-
-// (a & mask) | bits, one instruction.
-__device__ __forceinline__ u32 and_or(u32 a, u32 mask, u32 bits) {
-  u32 d;
-  asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(d) : "r"(a), "r"(mask), "r"(bits));
   return d;
 }
 
@@ -105,21 +140,15 @@ __device__ __forceinline__ u16 round_to_16(float f) {
   return h;
 }
 
-// Two floats as a bf16 pair, `low` in the low half.
-__device__ __forceinline__ u32 pair_bf16(float low, float high) {
+// Two floats as a pair of 16-bit ones, `low` in the low half.
+template <bool B16>
+__device__ __forceinline__ u32 pair_16(float low, float high) {
   u32 d;
-  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(d) : "f"(high), "f"(low));
+  if constexpr (B16) {
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(d) : "f"(high), "f"(low));
+  } else {
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(d) : "f"(high), "f"(low));
+  }
   return d;
 }
-
-// n / d and n % d for 0 <= n < 2^21, 0 < d: a tenth of the instructions of an integer division.
-struct Quotient {
-  int q, r;
-};
-__device__ __forceinline__ Quotient divide(int n, int d) {
-  int q = static_cast<int>(__fdividef(static_cast<float>(n), static_cast<float>(d)));
-  int r = n - q * d;
-  if (r < 0) --q, r += d;
-  if (r >= d) ++q, r -= d;
-  return {q, r};
-}
+__device__ __forceinline__ u32 pair_bf16(float low, float high) { return pair_16<true>(low, high); }

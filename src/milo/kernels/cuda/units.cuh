@@ -1,4 +1,12 @@
-// The parameters of a launch, its units of work, and the producer that keeps the ring full across them.
+// The parameters of a launch, its work cut into parts, and the producer that keeps the ring full across them.
+//
+// A *unit* is a work item times a row tile of the matrix, over all of K. Units stand in a line (for gate_up an item's
+// row tiles one after the other; for down a row tile's items, since their sum is one result), each cut into `quanta`
+// equal runs of K, and every block takes an equal stretch of that line: no rounds, no idle blocks at the end. A stretch
+// may begin or end inside a *sum* (a unit; where down adds items up by itself, all units of a row tile): the block that
+// has the sum's first quantum adds up, the others leave theirs in `carry`. Row tiles of V are cut likewise, come first,
+// and are weighed against the line. One warp describes a block's parts in shared memory long before their turn, so that
+// the others have nothing to work out.
 #pragma once
 #include "tile.cuh"
 
@@ -16,119 +24,244 @@ struct Params {
   Compensator compensator;
   const u16* x;
   void* out;             // gate_up: h [pairs, I]; down: y [tokens, N]; 16-bit
-  float* partial;        // down: [pairs][splits][64 * row_tiles]
+  float* partial;        // down, where combine follows: [pairs][64 * row_tiles]
+  float* carry;          // [blocks][SLICE or 64 * tokens]
   const void* choice_weights;  // [pairs]; null: ones
   const u16* bias;       // down: [N] or null
-  int* arrivals;         // down: [groups], zero at its start
-  int* v_done;           // [items], zero at the start
-  int* to_clear;         // clear, or gate_up where nothing was cleared: counters to zero
-  int clear_count;
-  int tokens, topk, in_features, row_tiles, rows, row_divisor, splits;
-  int v_row_tiles;       // the most of any expert
+  int* counters;         // of this launch, zero at its start: see Counters
+  int* others;           // of the launch that runs before or after, to be zeroed; null: this one zeroes its own
+  int tokens, topk, in_features, row_tiles, rows, row_divisor;
+  int quanta, v_cost;    // runs of K a unit; quanta that a part of V counts as
   int activation, choice_weight_type;
-  int k_warps;           // warps of a block that share a row tile; the others take the next ones
-  int block_row_tiles;   // WARPS / k_warps
-  int groups;            // of block_row_tiles row tiles, the last perhaps not full
-  int combine_later;     // down: the sum is another launch
+  int add_items;         // down: a block adds up the items of a row tile
 };
 
-extern __shared__ __align__(16) char shared[];
+using Items = Table<TOKENS, MILO_PAIRS>;
 
-using Items = Table<TOKENS, MILO_PAIRS, MILO_EXPERTS>;
+// Counters of a launch. Kernels zero each other's, so that no launch is spent on it.
+constexpr int MAX_BLOCKS = 1024;
+struct Counters {
+  int carried[MAX_BLOCKS];         // 1: the block's `carry` is written
+  int v_done[Items::MAX_ITEMS];    // parts of V that are finished
+  int exits;                       // blocks that have ended, where a launch zeroes its own
+};
+static_assert(sizeof(Counters) <= MILO_COUNTER_BYTES, "the host allocates less");
+
+constexpr int ALONE = 4;  // steps of U that the last warp does by itself; of more, every warp takes its share
+
+// One part of a block's work.
+struct alignas(16) Part {
+  u32 tile, meta;            // its first tile, and the row tile's first metadata record, in their matrix
+  short first, last;         // tiles of K
+  short item, group;         // group: the row tile
+  short begin, count;        // of the item's pairs
+  short split, u_steps;      // split: the run of K of V x, or -1; u_steps: of U that are due with this part
+  int from, to;              // quanta of the line (V: none)
+
+  __device__ __forceinline__ bool is_v() const { return split >= 0; }
+
+  // The first tile of the warp in this place; the warps change places from part to part, since some have a tile more.
+  // The last place adds U by itself and has fewer.
+  __device__ __forceinline__ int share(int place) const {
+    const int alone = u_steps && u_steps <= ALONE ? u_steps + 1 : 0;
+    return min(first + static_cast<int>(static_cast<u32>((last - first + alone) * place) / WARPS), static_cast<int>(last));
+  }
+};
+static_assert(sizeof(Part) == 32);
+__device__ __forceinline__ int place_in(int number) {
+  return static_cast<int>((threadIdx.x / WARP + static_cast<u32>(number)) % WARPS);
+}
+
+constexpr int ADDED_TOKENS = 8, ADDED_PAIRS = 128;  // at most, where a block adds items up
 constexpr int RING_BYTES = WARPS * STAGES * STAGE_BYTES;
-constexpr int REDUCE_BYTES = WARPS * TOKENS * PITCH * 4;
-static_assert(REDUCE_BYTES >= MILO_EXPERTS * 4, "the routing's counts borrow the reduction's memory");
+constexpr int REDUCE_BYTES = BUFFERS * WARPS * SLICE * 4;
+static_assert(REDUCE_BYTES >= MILO_EXPERTS * 8, "routing borrows the reduction's memory for two words an expert");
+
+// What a block does: the first `v_parts` of its `parts` are V's.
+struct Stretch {
+  int start, end, first_unit, v_parts, parts;
+};
+
+// The queue of parts. A warp's next STAGES - 1 tiles lie within WARPS * STAGES parts, since in WARPS parts it takes every place
+// once; it must never find the queue empty, or its ring would lose step.
+constexpr int QUEUE = 4 * WARP;
+static_assert(WARPS * STAGES <= WARP + WARP / 2);
+
+struct Scratch {
+  Part parts[QUEUE];
+  float weights[ADDED_PAIRS];        // the router's, of pairs
+  float sums[ADDED_TOKENS * 64];     // of a row tile
+  Stretch stretch;
+  Barrier full[BUFFERS], empty[BUFFERS];  // slices written; read
+  Barrier added, described;               // a part's sums added to the row tile's; 32 more parts in the queue
+  Items items;
+};
+static_assert(RING_BYTES + REDUCE_BYTES + sizeof(Scratch) <= MILO_SHARED_BYTES, "the host allocates less");
 
 __device__ __forceinline__ float* reduction() { return reinterpret_cast<float*>(shared + RING_BYTES); }
-__device__ __forceinline__ Items& items() { return *reinterpret_cast<Items*>(shared + RING_BYTES + REDUCE_BYTES); }
+__device__ __forceinline__ Scratch& scratch() {
+  return *reinterpret_cast<Scratch*>(shared + RING_BYTES + REDUCE_BYTES);
+}
+__device__ __forceinline__ Items& items() { return scratch().items; }
+__device__ __forceinline__ Counters& counters(const Params& p) { return *reinterpret_cast<Counters*>(p.counters); }
 
-// The units of a launch, numbered: first (item, V row tile, split), then the matrix's own.
-struct Unit {
-  int item;        // -1: past the end
-  bool is_v;
-  int group;       // of row tiles, or the V row tile
-  int split;
-  int row_tile;    // this warp's, within the expert
-  int share, shares;
+// Where every block's stretch of the line begins, in quanta.
+struct Cut {
+  int base, extra, v_base, v_extra, v_cost;
 
-  __device__ __forceinline__ Unit(const Params& p, int number, bool item_first) {
-    const int warp = threadIdx.x / WARP, n = items().items;
-    const int v_splits = p.compensator.t_splits, v_units = n * p.v_row_tiles * v_splits;
-    if (number < v_units) {
-      is_v = true;
-      const Quotient by_split = divide(number, v_splits), by_tile = divide(by_split.q, p.v_row_tiles);
-      split = by_split.r;
-      group = row_tile = by_tile.r;
-      item = by_tile.q;
-      share = split * WARPS + warp, shares = v_splits * WARPS;
-      return;
+  __device__ __forceinline__ explicit Cut(const Params& p) {
+    const int blocks = gridDim.x, v_parts = items().v_tiles() * p.compensator.t_splits;
+    const int total = items().items * p.row_tiles * p.quanta;
+    const Quotient v = divide(v_parts, blocks), all = divide(total + v_parts * p.v_cost, blocks);
+    v_base = v.q, v_extra = v.r, v_cost = p.v_cost, base = all.q, extra = all.r;
+    if (base < v_cost * (v_base + 1)) {  // some block would have V alone and more than its share of it
+      const Quotient plain = divide(total, blocks);
+      v_cost = 0, base = plain.q, extra = plain.r;
     }
-    number -= v_units;
-    is_v = false;
-    if (number >= n * p.groups * p.splits) {
-      item = -1;
-      return;
-    }
-    const Quotient by_split = divide(number, p.splits), place = divide(by_split.q, item_first ? n : p.groups);
-    split = by_split.r;
-    item = item_first ? place.r : place.q;
-    group = item_first ? place.q : place.r;
-    // Beyond the matrix the last row tile is computed again and not written.
-    const Quotient mine = divide(warp, p.k_warps);
-    row_tile = min(group * p.block_row_tiles + mine.q, p.row_tiles - 1);
-    share = split * p.k_warps + mine.r, shares = p.splits * p.k_warps;
+  }
+  __device__ __forceinline__ int operator()(int block) const {
+    return block * base + min(block, extra) - v_cost * (block * v_base + min(block, v_extra));
   }
 };
 
-// Runs ahead of the computation by STAGES - 1 tiles, over the borders of units.
+// One warp: what this block does. All items are known.
+__device__ __forceinline__ void plan_stretch(const Params& p) {
+  const Cut cut(p);
+  Stretch s;
+  s.start = cut(blockIdx.x), s.end = cut(blockIdx.x + 1);
+  s.first_unit = divide(s.start, p.quanta).q;
+  s.v_parts = cut.v_base + (static_cast<int>(blockIdx.x) < cut.v_extra);
+  s.parts = s.v_parts + (s.end > s.start ? divide(s.end - 1, p.quanta).q - s.first_unit + 1 : 0);
+  scratch().stretch = s;  // every lane the same
+  __syncwarp();
+}
+
+// One warp, a lane a part: the parts from `base` on into the queue.
+template <bool ITEM_FIRST>
+__device__ __forceinline__ void describe(const Params& p, int base) {
+  const Stretch& s = scratch().stretch;
+  const int at = base + threadIdx.x % WARP, n = items().items;
+  if (at < s.parts) {
+    Part part;
+    part.from = part.to = part.u_steps = 0;
+    part.split = -1;
+    const Matrix& m = at < s.v_parts ? p.v : p.weights;
+    int number, pieces, low, high, row_tile;  // run of K from low / pieces to high / pieces
+    if (at < s.v_parts) {
+      const Quotient tile = divide(blockIdx.x + at * gridDim.x, p.compensator.t_splits);
+      int first = 0, last = n - 1;  // the first item whose V ends beyond this tile
+#pragma unroll 1
+      while (first < last) {
+        const int middle = (first + last) / 2;
+        if (items().v_end[middle] > tile.q) last = middle; else first = middle + 1;
+      }
+      number = first;
+      part.group = static_cast<short>(tile.q - (first ? items().v_end[first - 1] : 0));
+      part.split = static_cast<short>(tile.r);
+      pieces = p.compensator.t_splits, low = tile.r, high = low + 1;
+      row_tile = __ldg(&p.compensator.table[items().expert[number]].x) + part.group;
+    } else {
+      const int unit = s.first_unit + at - s.v_parts;
+      const Quotient place = divide(unit, ITEM_FIRST ? n : p.row_tiles);
+      number = ITEM_FIRST ? place.r : place.q;
+      part.group = static_cast<short>(ITEM_FIRST ? place.q : place.r);
+      part.from = max(s.start, unit * p.quanta), part.to = min(s.end, (unit + 1) * p.quanta);
+      pieces = p.quanta, low = part.from - unit * p.quanta, high = part.to - unit * p.quanta;
+      if (low == 0) part.u_steps = items().u_steps[number];
+      row_tile = items().expert[number] * p.row_tiles + part.group;
+    }
+    const Item item = items()[number];
+    part.item = static_cast<short>(number);
+    part.begin = static_cast<short>(item.begin), part.count = static_cast<short>(item.count);
+    part.first = static_cast<short>(divide(m.ktiles * low, pieces).q);
+    part.last = static_cast<short>(divide(m.ktiles * high, pieces).q);
+    part.tile = static_cast<u32>(row_tile) * m.ktiles + part.first;
+    part.meta = static_cast<u32>(row_tile) * m.groups;
+    scratch().parts[at % QUEUE] = part;
+  }
+}
+
+// Runs ahead of the computation by STAGES - 1 tiles, over the borders of parts.
 struct Producer {
   Loader load;
-  int number, kt, last;
-  bool item_first;
+  int next = 0, known;  // the part that comes next; parts that this warp knows to be in the queue
+  int kt = 0, last = 0;
 
-  __device__ __forceinline__ bool done() const { return last < 0; }
+  __device__ __forceinline__ Producer(const Params& p, int lane, int warp) : known(min(2 * WARP, scratch().stretch.parts)) {
+    load.policy = evict_first();
+    load.in_features = p.in_features;
+    load.activation = reinterpret_cast<const char*>(p.x);
+    load.mine = shared_address(shared) + warp * STAGES * STAGE_BYTES + lane * 16;
+    load.has_meta = lane < 16;
+  }
 
-  // Settle on the unit `number` or the first after it that has a tile for this warp.
-  __device__ __forceinline__ void settle(const Params& p) {
-    for (;; number += gridDim.x) {
-      const Unit u(p, number, item_first);
-      if (u.item < 0) {
-        last = -1;
-        return;
-      }
-      const Item item = items()[u.item];
-      const Matrix& m = u.is_v ? p.v : p.weights;
-      long long row_tile = static_cast<long long>(item.expert) * p.row_tiles + u.row_tile;
-      if (u.is_v) {
-        const int4 entry = __ldg(p.compensator.table + item.expert);
-        if (u.group >= entry.y) continue;
-        row_tile = entry.x + u.group;
-      }
-      kt = divide(m.ktiles * u.share, u.shares).q;
-      last = divide(m.ktiles * (u.share + 1), u.shares).q;
+  // Whether there is a tile for this warp; if the part has none left, in the parts that follow.
+  __device__ __forceinline__ bool find(const Params& p) {
+    if (kt < last) return true;
+    const int lane = threadIdx.x % WARP;
+#pragma unroll 1
+    while (next < known) {
+      const int place = place_in(next);
+      const Part part = scratch().parts[next++ % QUEUE];
+      kt = part.share(place), last = part.share(place + 1);
       if (kt >= last) continue;
-      load.codes = m.codes + row_tile * m.ktiles * CODE_BYTES + load.lane * 16;
-      load.meta = m.meta + row_tile * m.groups * META_BYTES + load.lane * 16;
+      const Matrix& m = part.is_v() ? p.v : p.weights;
+      load.codes = m.codes + static_cast<u64>(part.tile + kt - part.first) * CODE_BYTES + lane * 16;
+      load.meta = m.meta + static_cast<u64>(part.meta) * META_BYTES + lane * 16;
       load.meta_shift = m.meta_shift;
 #pragma unroll
       for (int nt = 0; nt < NT; ++nt) {
-        const int n = min(nt * 8 + load.lane / 4, item.count - 1);
-        const long long row = divide(items().pairs[item.begin + n], p.row_divisor).q;
-        load.x[nt] = reinterpret_cast<const char*>(p.x + row * p.in_features + load.lane % 4 * 8);
+        const int n = min(nt * 8 + lane / 4, part.count - 1);
+        const u32 row = items().rows[part.begin + n];
+        load.x[nt] = 2 * (row * p.in_features + kt * 64 + lane % 4 * 8);
       }
-      return;
+      return true;
     }
+    return false;
   }
-  // One tile into a slot of the ring.
-  __device__ __forceinline__ void step(const Params& p, int slot) {
-    if (!done()) {
+  // One tile into the slot of the ring that begins at `slot`.
+  __device__ __forceinline__ void step(const Params& p, u32 slot) {
+    if (find(p)) {
       load.weights(kt, slot);
-      load.activations(kt, slot);
-      if (++kt == last) {
-        number += gridDim.x;
-        settle(p);
+#pragma unroll
+      for (int nt = 0; nt < NT; ++nt) {
+        load.activations(nt, load.x[nt], load.whole(kt), slot);
+        load.x[nt] += 128;
       }
+      ++kt;
     }
     copy_commit();
+  }
+  // The first tiles: their weights at once, their activations when the kernel ahead has written them. Meanwhile a
+  // slot's room for activations holds where they are.
+  __device__ __forceinline__ void fill(const Params& p) {
+    int filled = 0;
+#pragma unroll 1
+    for (; filled < STAGES - 1 && find(p); ++filled, ++kt) {
+      load.weights(kt, filled * STAGE_BYTES);
+      const bool whole = load.whole(kt);
+#pragma unroll
+      for (int nt = 0; nt < NT; ++nt) {
+        *note(filled, nt) = make_uint2(load.x[nt], whole);
+        load.x[nt] += 128;
+      }
+    }
+    wait_for_primary();
+#pragma unroll 1
+    for (int s = 0; s < STAGES - 1; ++s) {
+      if (s < filled) {
+#pragma unroll
+        for (int nt = 0; nt < NT; ++nt) {
+          const uint2 where = *note(s, nt);
+          load.activations(nt, where.x, where.y, s * STAGE_BYTES);
+        }
+      }
+      copy_commit();
+    }
+  }
+  __device__ __forceinline__ uint2* note(int slot, int nt) const {
+    const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
+    const int at = (warp * STAGES + slot) * STAGE_BYTES + CODE_BYTES + META_BYTES + nt * 1024 + lane * 16;
+    return reinterpret_cast<uint2*>(shared + at);
   }
 };

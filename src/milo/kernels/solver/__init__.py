@@ -1,5 +1,5 @@
 """Kernels of the solver: what `milo.solve` does group by group, in Triton.
 
-`groups` holds the kernels, `calls` what the solver calls. Nothing here is imported on a machine without a GPU: Triton
-comes with PyTorch's CUDA builds only.
+`groups` and `gram` hold the kernels, `calls` what the solver calls. Nothing here is imported on a machine without a
+GPU: Triton comes with PyTorch's CUDA builds only.
 """

@@ -16,6 +16,8 @@ import torch
 from milo.format.codes import word_count
 from milo.format.matrix import FACTOR_GROUP, Encoding
 
+WIDEST = 128  # columns that `whitener` serves
+
 # Elements of a program's tile. `search` runs one warp a program: the sums of its 20 steps then need no barrier.
 _TILE = 2048
 _SEARCH_TILE = 512
@@ -276,6 +278,28 @@ def round_rows(rows: torch.Tensor, bits: int, fractions: tuple[float, ...]) -> t
             num_warps=1,
         )
     return codes, scales
+
+
+def whitener(gram: torch.Tensor, shift: float, unit: bool) -> torch.Tensor:
+    """`T` such that the columns of `C·T` are orthonormal, but for the shift, where `gram` is `CᵀC`.
+
+    Args:
+        gram: float32 `[E, r, r]`, `r` at most `WIDEST`.
+        shift: added to the diagonal, so that the Cholesky factorisation cannot break down.
+        unit: scale the columns of `C` to length 1 first; columns of zeros stay zeros.
+
+    Returns:
+        float32 `[E, r, r]`: `D·L⁻ᵀ` with `L·Lᵀ = D·CᵀC·D + shift`.
+    """
+    from milo.kernels.solver import gram as kernels
+
+    gram = gram.contiguous()
+    width = gram.shape[-1]
+    inverse = torch.empty_like(gram)
+    size = 64 if width <= 64 else 128
+    with torch.cuda.device_of(gram):
+        kernels.whiten[(len(gram),)](gram, inverse, width, shift, SIZE=size, UNIT=unit, num_warps=size // 8)
+    return inverse.mT
 
 
 def pack_words(codes: torch.Tensor, bits: int) -> torch.Tensor:

@@ -1,0 +1,121 @@
+// The producers: one warp asks the copy engine for weights, three warps fetch the tokens' activations and t.
+#pragma once
+#include "prefill.cuh"
+
+__device__ __forceinline__ void produce_weights(const Params& p) {
+  const int lane = threadIdx.x % WARP, tile = lane / 2;
+  const bool is_meta = lane % 2;
+  const u64 once = evict_first(), again = evict_normal();
+  if (!p.early) wait_for_primary();
+  const int items = *p.item_count;
+  Ring ring(shared_address(shared_memory()));
+  for (int number = blockIdx.x;; number += gridDim.x) {
+    const Unit u(p, number, uniform(items));
+    if (u.past) break;
+    if (!u.tiles) continue;
+    const Matrix& m = u.is_v ? p.v : p.weights;
+    const bool mine = tile < u.tiles;
+    const u32 to = is_meta ? ring.base + META_AT + tile * META_BYTES : ring.base + CODES_AT + tile * CODE_BYTES;
+    const u32 slot_bytes = ROW_TILES * (is_meta ? META_BYTES : CODE_BYTES);
+    const char* from = is_meta ? m.meta + (u.first_tile + tile) * m.records * META_BYTES
+                               : m.codes + (u.first_tile + tile) * m.k_tiles * CODE_BYTES;
+    const u64 policy = u.turns == 1 ? once : again;
+#pragma unroll 1
+    for (int kt = u.k_tile; kt < u.k_tile + u.k_tiles; ++kt) {
+      ring.wait_empty();
+      if (lane == 0) barrier_expect(ring.full(), u.tiles * (CODE_BYTES + META_BYTES));
+      __syncwarp();
+      if (mine) {
+        const long long at = is_meta ? (kt >> m.meta_shift) * META_BYTES : static_cast<long long>(kt) * CODE_BYTES;
+        copy_bulk(to + ring.slot * slot_bytes, from + at, is_meta ? META_BYTES : CODE_BYTES, ring.full(), policy);
+      }
+      ring.next();
+    }
+    if (!u.steps) continue;
+    const int each = steps_a_stage(p), scale_bytes = p.parts * 32;
+    const long long first = u.first_step + static_cast<long long>(u.tile + tile) * u.steps;
+#pragma unroll 1
+    for (int stage = 0; stage < u_stages(p, u.steps); ++stage) {
+      const int step = stage * each, steps = min(each, u.steps - step);
+      ring.wait_empty();
+      if (lane == 0) barrier_expect(ring.full(), u.tiles * steps * (STEP_BYTES + scale_bytes));
+      __syncwarp();
+      if (mine) {
+        const char* source = is_meta ? p.u_scales + (first + step) * scale_bytes : p.u_codes + (first + step) * STEP_BYTES;
+        copy_bulk(to + ring.slot * slot_bytes, source, steps * (is_meta ? scale_bytes : STEP_BYTES), ring.full(), again);
+      }
+      ring.next();
+    }
+  }
+}
+
+// The record of the unit after the next, and the next one's part of `order`, on their way to L1. Where an expert has
+// several items, it may be another's.
+__device__ __forceinline__ void prefetch_next(const Params& p, int number, int items, int thread) {
+  prefetch(Unit::near(p, number + gridDim.x, items));
+  const Record* next = Unit::near(p, number, items);
+  if (p.order && thread * 32 < next->count + 32) prefetch(p.order + next->begin + min(thread * 32, next->count - 1));
+}
+
+// Rows without a token are left as they are: the columns of a product do not mix, and those are not written.
+__device__ __forceinline__ void produce_tokens(const Params& p) {
+  constexpr int ROWS = TOKEN_THREADS / 8, TURNS = (WIDTH + ROWS - 1) / ROWS, BATCH = 4;  // 8 threads a row
+  const int thread = threadIdx.x - WARP, chunk = thread % 8, row = thread / 8;
+  wait_for_primary();
+  launch_dependents();
+  const int items = *p.item_count;
+  if (items) prefetch(Unit::near(p, blockIdx.x + gridDim.x, items));
+  Ring ring(shared_address(shared_memory()));
+  const u32 rows = ring.base + ROWS_AT, from = rows + row * 4;
+  for (int number = blockIdx.x;; number += gridDim.x) {
+    const Unit u(p, number, uniform(items));
+    if (u.past) break;
+    if (!u.tiles) continue;
+    named_barrier(4, TOKEN_THREADS);  // all have read the last unit's
+    for (int n = thread; n < u.count; n += TOKEN_THREADS) {
+      const int place = u.begin + n;
+      store_shared_word(rows + n * 4, (p.gather ? p.order[place] / p.gather : place) * p.pitch * 2);
+    }
+    named_barrier(4, TOKEN_THREADS);
+    prefetch_next(p, number + gridDim.x, uniform(items), thread);
+    const char* x = reinterpret_cast<const char*>(p.x) + u.k_tile * 128 + chunk * 16;
+    const int left = u.count - row;
+#pragma unroll 1
+    for (int kt = 0; kt < u.k_tiles; ++kt, x += 128) {
+      ring.wait_empty();
+      const u32 even = ring.x() + row * 128 + (chunk ^ row % 8) * 16;  // of this thread's rows, 12 apart: the swizzle
+      const u32 odd = ring.x() + row * 128 + (chunk ^ (row + ROWS) % 8) * 16;  // has two values
+#pragma unroll
+      for (int first = 0; first < TURNS; first += BATCH) {
+        if (left <= first * ROWS) break;
+        u32 at[BATCH];
+#pragma unroll
+        for (int i = 0; i < BATCH; ++i) at[i] = load_shared_word(from + (first + i) * ROWS * 4);
+#pragma unroll
+        for (int i = 0; i < BATCH; ++i) {
+          if (left > (first + i) * ROWS) copy_row((i % 2 ? odd : even) + (first + i) * ROWS * 128, x + at[i]);
+        }
+      }
+      copy_arrive(ring.full());
+      ring.next();
+    }
+    if (!u.steps) continue;
+    // t is read past L1, which an acquiring load would empty of what was prefetched.
+    while (load_relaxed(p.v_done + u.item) < u.v_groups) __nanosleep(64);
+    const int part = p.parts == 2 ? chunk / 4 : 0, ranks = u.steps * 16, each = steps_a_stage(p) * 16;
+#pragma unroll 1
+    for (int stage = 0; stage < u_stages(p, u.steps); ++stage) {
+      const int rank = stage * each + (p.parts == 2 ? chunk % 4 : chunk) * 8;
+      ring.wait_empty();
+      if (rank < ranks) {
+        const u16* t = p.t + static_cast<long long>(u.begin) * p.t_stride + part * ranks + rank;
+#pragma unroll 1
+        for (int n = row; n < u.count; n += ROWS) {
+          copy_row(ring.x() + n * 128 + ((chunk ^ n % 8) * 16), t + n * p.t_stride);
+        }
+      }
+      copy_arrive(ring.full());
+      ring.next();
+    }
+  }
+}

@@ -1,0 +1,306 @@
+"""Launching `cuda/prefill.cu`: an MoE FFN or a linear for many tokens an expert, on GPUs with wgmma (sm_90)."""
+
+from __future__ import annotations
+
+import ctypes
+from functools import cache
+
+import torch
+
+from milo.kernels import decode, nvrtc
+from milo.kernels.layout import TILE, PackedMatrix
+from milo.kernels.packed_reference import ACTIVATIONS
+from milo.kernels.parameters import Matrix, Routing
+
+MIN_MEAN_TOKENS = 24  # an expert, from which on these kernels are faster than decode's
+WIDTH = 160  # the most tokens of a work item; sums of more would not fit the registers
+_WIDTH_STEP = 8
+_MAX_STAGES = 8
+_MAX_TOKENS = 4096  # of one set of launches; more are done in turns, which bounds the workspace
+_MAX_PAIRS = 32768
+_SHARED = 227 << 10  # bytes of shared memory that a block can have
+_SLACK = 1024  # the kernels put their shared memory on a boundary of that
+_ROW_TILES = 4  # of a unit
+_THREADS, _SORT_THREADS, _COMBINE_THREADS = 384, 1024, 256
+_PRODUCER_REGISTERS, _CONSUMER_REGISTERS = 40, 232  # a thread: together the 168 that each of 384 starts with
+_MAX_V_SPLITS = 16
+_MIN_V_TILES = 8  # tiles along K of a part of V x
+_RECORD_BYTES = 64
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def supports(device: torch.device, dtype: torch.dtype, experts: int = 1, topk: int = 1) -> tuple[bool, str]:
+    """Whether these kernels take such activations on this device, and if not, why."""
+    fits, reason = decode.supports(device, dtype, experts, topk)
+    if fits and torch.cuda.get_device_capability(device) != (9, 0):
+        return False, "the kernels for many tokens need sm_90"
+    return fits, reason
+
+
+def prefers(tokens: int, topk: int, experts: int) -> bool:
+    """Whether so many tokens are worth these kernels; `experts`: all that the router chooses from, 1 for a linear."""
+    return tokens * topk >= MIN_MEAN_TOKENS * experts and tokens >= 2 * MIN_MEAN_TOKENS
+
+
+class Preparation(ctypes.Structure):
+    """As `cuda/prepare.cuh` declares it."""
+
+    _fields_ = (
+        [("routing", Routing)]
+        + [(n, ctypes.c_void_p) for n in ("choice_weights", "x", "operand", "first_table", "second_table", "items",
+                                          "item_count", "order", "weights", "to_clear")]
+        + [(n, ctypes.c_int) for n in ("clear_count", "tokens", "in_features", "planes", "k_tiles",
+                                       "width", "choice_weight_type")]
+    )  # fmt: skip
+
+
+class Product(ctypes.Structure):
+    """`Params` of `cuda/prefill.cuh`."""
+
+    _fields_ = (
+        [("weights", Matrix), ("v", Matrix)]
+        + [(n, ctypes.c_void_p) for n in ("u_codes", "u_scales", "x", "out", "items", "item_count", "order",
+                                          "choice_weights", "bias", "t_partial", "t", "v_arrived", "v_done")]
+        + [(n, ctypes.c_int) for n in ("pitch", "pitch_out", "gather", "parts", "row_tiles", "rows", "groups",
+                                       "v_groups", "v_splits", "t_stride", "places", "second", "early")]
+    )  # fmt: skip
+
+
+class Combination(ctypes.Structure):
+    """As `cuda/prepare.cuh` declares it."""
+
+    _fields_ = (
+        [("routing", Routing)]
+        + [(n, ctypes.c_void_p) for n in ("partial", "out")]
+        + [(n, ctypes.c_int) for n in ("tokens", "topk", "rows")]
+    )  # fmt: skip
+
+
+def ring(bits: int, halves: int) -> tuple[int, int]:
+    """Stages of the ring in shared memory, as many as fit, and the bytes that a block takes."""
+    stage = WIDTH * 128 + _ROW_TILES * (bits * 512 + halves * 256) + 16
+    rest = 2 * WIDTH * (128 + 8) + 4 * WIDTH + 192 + 16
+    stages = min(_MAX_STAGES, (_SHARED - _SLACK - rest) // stage)
+    return stages, stages * stage + rest
+
+
+def macros(bits: int, halves: int, b16: bool, activation: int) -> dict[str, int]:
+    """What a module is compiled with."""
+    stages, shared = ring(bits, halves)
+    return {
+        "MILO_BF16": int(b16), "MILO_BITS": bits, "MILO_HALVES": halves, "MILO_ACTIVATION": activation,
+        "MILO_WIDTH": WIDTH, "MILO_WIDTH_STEP": _WIDTH_STEP, "MILO_STAGES": stages, "MILO_SHARED": shared,
+        "MILO_PRODUCER_REGISTERS": _PRODUCER_REGISTERS, "MILO_CONSUMER_REGISTERS": _CONSUMER_REGISTERS,
+    }  # fmt: skip
+
+
+class _Kernels:
+    def __init__(self, bits: int, halves: int, b16: bool, activation: int, device: int) -> None:
+        module = nvrtc.Module("prefill.cu", macros(bits, halves, b16, activation), device, own=True)
+        self.multiply = module.kernel("multiply", ring(bits, halves)[1] + _SLACK)
+        self.prepare = module.kernel("prepare", _sort_bytes(decode.MAX_EXPERTS, _MAX_PAIRS))
+        self.combine = module.kernel("combine", 0)
+        self.processors = torch.cuda.get_device_properties(device).multi_processor_count
+
+
+@cache
+def _kernels(bits: int, halves: int, b16: bool, activation: int, device: int) -> _Kernels:
+    return _Kernels(bits, halves, b16, activation, device)
+
+
+def _sort_bytes(experts: int, pairs: int) -> int:
+    return _SLACK + 4 * (_SORT_THREADS + 2 * _SORT_THREADS // 32) + 2 * (_SORT_THREADS // 32 * experts + pairs)
+
+
+def linear(x: torch.Tensor, weight: PackedMatrix, bias: torch.Tensor | None) -> torch.Tensor:
+    """`x · Ŵᵀ + bias`: `[T, K]` to `[T, N]`. Two launches for every 4096 tokens."""
+    out = torch.empty(x.shape[0], weight.out_features, dtype=x.dtype, device=x.device)
+    with torch.cuda.device(x.device):  # a model may lie on several
+        for first in range(0, x.shape[0], _MAX_TOKENS):
+            rows = slice(first, first + _MAX_TOKENS)
+            _Call(x[rows], out[rows], None, None, None, weight, 0).linear(weight, bias)
+    return out
+
+
+def moe_ffn(
+    x: torch.Tensor,
+    gate_up: PackedMatrix,
+    down: PackedMatrix,
+    topk_ids: torch.Tensor,
+    topk_weights: torch.Tensor,
+    activation: str,
+    expert_map: torch.Tensor | None,
+) -> torch.Tensor:
+    """The MoE FFN `[T, H]` to `[T, H]`: four launches for every 4096 tokens."""
+    out = torch.empty(x.shape[0], down.out_features, dtype=x.dtype, device=x.device)
+    turn = max(1, min(_MAX_TOKENS, _MAX_PAIRS // topk_ids.shape[1]))
+    kind = ACTIVATIONS.index(activation)
+    with torch.cuda.device(x.device):
+        for first in range(0, x.shape[0], turn):
+            rows = slice(first, first + turn)
+            call = _Call(x[rows], out[rows], topk_ids[rows], topk_weights[rows], expert_map, gate_up, kind)
+            call.moe_ffn(gate_up, down)
+    return out
+
+
+class _Call:
+    """One set of launches and its workspace."""
+
+    def __init__(
+        self,
+        x: torch.Tensor,
+        out: torch.Tensor,
+        ids: torch.Tensor | None,
+        weights: torch.Tensor | None,
+        expert_map: torch.Tensor | None,
+        first: PackedMatrix,
+        activation: int,
+    ) -> None:
+        self.x, self.out, self.ids, self.weights, self.activation = x, out, ids, weights, activation
+        self.tokens, self.experts = x.shape[0], first.codes.shape[0]
+        self.topk = 1 if ids is None else ids.shape[1]
+        self.pairs = self.tokens * self.topk
+        self.routing = Routing(
+            _address(ids), _address(expert_map), int(ids is not None and ids.dtype == torch.int64),
+            0 if expert_map is None else expert_map.shape[0], self.pairs, self.experts,
+        )  # fmt: skip
+        self.width = WIDTH
+        self.kernels = self._of(first)
+
+    def moe_ffn(self, gate_up: PackedMatrix, down: PackedMatrix) -> None:
+        assert self.ids is not None
+        assert self.weights is not None
+        matrices = (gate_up, down)
+        counters = [self._items * (_v_groups(m) + 1) for m in matrices]
+        work = self._workspace(matrices, hidden=self.pairs * down.codes.shape[2] * TILE * 2,
+                               partial=self.pairs * down.out_features * 2)  # fmt: skip
+        self._prepare(gate_up, work, sum(counters), down)
+        product = self._product(gate_up, work, work["counters"])
+        product.x, product.out, product.pitch_out = work["operand"], work["hidden"], down.codes.shape[2] * TILE
+        product.gather = self.topk
+        self._multiply(gate_up, product)
+
+        product = self._product(down, work, work["counters"] + 4 * counters[0])
+        product.x, product.out, product.pitch_out = work["hidden"], work["partial"], down.out_features
+        product.choice_weights, product.second, product.early = work["weights"], 1, 1
+        self._multiply(down, product)
+
+        rows = down.out_features
+        last = Combination(self.routing, work["partial"], self.out.data_ptr(), self.tokens, self.topk, rows)
+        blocks = -(-self.tokens * rows // (8 * _COMBINE_THREADS))
+        self.kernels.combine(blocks, _COMBINE_THREADS, last, early=True)
+
+    def linear(self, weight: PackedMatrix, bias: torch.Tensor | None) -> None:
+        groups = -(-weight.codes.shape[1] // _ROW_TILES)
+        self.width = _item_width(self.tokens, groups, self.kernels.processors)
+        work = self._workspace((weight,))
+        self._prepare(weight, work, self._items * (_v_groups(weight) + 1))
+        product = self._product(weight, work, work["counters"])
+        product.x, product.out, product.pitch_out = work["operand"], self.out.data_ptr(), weight.out_features
+        product.order, product.bias = None, _address(bias)
+        self._multiply(weight, product)
+
+    @property
+    def _items(self) -> int:
+        """The most work items that there can be."""
+        if self.ids is None:
+            return -(-self.tokens // self.width)
+        return min(self.pairs, self.experts) + self.pairs // self.width
+
+    def _workspace(self, matrices: tuple[PackedMatrix, ...], **more: int) -> decode._Workspace:
+        t_stride = max(TILE * m.v_row_tiles for m in matrices)
+        splits = max(self._v_splits(m) for m in matrices)
+        return decode._Workspace(
+            self.x.device,
+            operand=self.tokens * matrices[0].codes.shape[2] * TILE * 2,
+            items=self._items * _RECORD_BYTES,
+            item_count=4,
+            order=self.pairs * 4,
+            weights=self.pairs * 4,
+            counters=sum(self._items * (_v_groups(m) + 1) for m in matrices) * 4,
+            t_partial=splits * self.pairs * t_stride * 4,
+            t=self.pairs * t_stride * 2,
+            **more,
+        )
+
+    def _prepare(
+        self, first: PackedMatrix, work: decode._Workspace, counters: int, second: PackedMatrix | None = None
+    ) -> None:
+        k_tiles = first.codes.shape[2]
+        params = Preparation(self.routing)
+        params.x, params.operand = self.x.data_ptr(), work["operand"]
+        params.first_table, params.second_table = (
+            first.table.data_ptr(),
+            _address(None if second is None else second.table),
+        )
+        for name in ("items", "item_count", "order", "weights"):
+            setattr(params, name, work[name])
+        params.to_clear, params.clear_count = work["counters"], counters
+        params.tokens, params.k_tiles = self.tokens, k_tiles
+        params.in_features, params.planes = first.in_features, first.planes
+        params.width = self.width
+        if self.weights is not None:
+            params.choice_weights = self.weights.data_ptr()
+            params.choice_weight_type = _DTYPES.index(self.weights.dtype)
+        blocks = min(2 * self.kernels.processors, 1 + -(-self.tokens * k_tiles * 8 // _SORT_THREADS))
+        shared = _sort_bytes(self.experts, self.pairs) if self.ids is not None else 0
+        self.kernels.prepare(blocks, _SORT_THREADS, params, shared_bytes=shared)
+
+    def _product(self, weight: PackedMatrix, work: decode._Workspace, counters: int) -> Product:
+        row_tiles, k_tiles = weight.codes.shape[1:3]
+        shift = 1 if weight.group_size == 128 else 0
+        product = Product(
+            weights=Matrix(weight.codes.data_ptr(), weight.meta.data_ptr(), k_tiles, weight.meta.shape[2], shift),
+            v=Matrix(weight.v_codes.data_ptr(), weight.v_meta.data_ptr(), k_tiles, k_tiles, 0),
+        )
+        product.u_codes, product.u_scales = weight.u_codes.data_ptr(), weight.u_scales.data_ptr()
+        for name in ("items", "item_count", "order", "t_partial", "t"):
+            setattr(product, name, work[name])
+        product.v_done, product.v_arrived = counters, counters + 4 * self._items
+        product.pitch, product.parts, product.row_tiles = k_tiles * TILE, weight.parts, row_tiles
+        product.rows, product.groups = weight.out_features, -(-row_tiles // _ROW_TILES)
+        product.v_groups, product.v_splits = _v_groups(weight), self._v_splits(weight)
+        product.t_stride, product.places = TILE * weight.v_row_tiles, self.pairs
+        return product
+
+    def _multiply(self, weight: PackedMatrix, product: Product) -> None:
+        kernels = self._of(weight)
+        units = self._items * (product.groups + product.v_groups * product.v_splits)
+        kernels.multiply(min(units, kernels.processors), _THREADS, product, early=True)
+
+    def _v_splits(self, weight: PackedMatrix) -> int:
+        """Parts of K in which `V x` is computed: enough units for all processors, but not too short ones."""
+        groups = _v_groups(weight)
+        if not groups:
+            return 1
+        if self.ids is None:
+            items = self._items
+        else:
+            items = min(self.pairs, self.experts) * -(-self.pairs // (self.experts * self.width))
+        parts = min(self.kernels.processors // (items * groups), weight.codes.shape[2] // _MIN_V_TILES)
+        return max(1, min(_MAX_V_SPLITS, parts))
+
+    def _of(self, weight: PackedMatrix) -> _Kernels:
+        b16 = self.x.dtype == torch.bfloat16
+        return _kernels(weight.bits, weight.halves, b16, self.activation, self.x.device.index)
+
+
+def _v_groups(weight: PackedMatrix) -> int:
+    return -(-weight.v_row_tiles // _ROW_TILES)
+
+
+def _item_width(tokens: int, groups: int, processors: int) -> int:
+    """Tokens a work item of a plain linear: those that keep all processors busy for the shortest time.
+
+    A unit takes as long as its tokens, but at least about 40 (decoding is the limit then), and a start and an end.
+    """
+
+    def cost(width: int) -> tuple[int, int]:
+        units = -(-tokens // width) * groups
+        return -(-units // processors) * (max(width, 40) + 16), -width
+
+    return min(range(16, WIDTH + 1, 8), key=cost)
+
+
+def _address(tensor: torch.Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()

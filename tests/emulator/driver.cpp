@@ -1,0 +1,11 @@
+// Exposes the kernels of moe.cu to Python: one function a kernel, compiled with the kernels' own macros.
+#include "moe.cu"
+
+#define KERNEL(name)                                                                                  \
+  extern "C" void launch_##name(unsigned blocks, unsigned threads, int shared_bytes, Params* params) { \
+    const Params p = *params;                                                                          \
+    emulator::launch(blocks, threads, shared_bytes, [p] { name(p); });                                 \
+  }
+KERNEL(gate_up)
+KERNEL(down)
+KERNEL(combine)
