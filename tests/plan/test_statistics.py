@@ -64,7 +64,8 @@ def test_members_in_parallel_give_the_same_in_the_same_order() -> None:
     matrices = [torch.randn(64, 64, generator=torch.Generator().manual_seed(i)) for i in range(10)]
     alone = WeightStatistics(lambda group: matrices.__getitem__).kurtosis(many)
     with ThreadPoolExecutor(3) as pool:
-        assert WeightStatistics(lambda group: matrices.__getitem__, mapper=pool.map).kurtosis(many) == alone
+        found = WeightStatistics(lambda group: matrices.__getitem__, mapper=pool.map).kurtosis(many)
+    assert found == pytest.approx(alone, abs=1e-12)  # a sum's last bit depends on how many threads PyTorch takes for it
     assert alone == [excess_kurtosis(matrix) for matrix in matrices]
 
 
