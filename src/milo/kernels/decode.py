@@ -9,9 +9,10 @@ import torch
 
 from milo.kernels import nvrtc
 from milo.kernels.cutting import ADDED_PAIRS, ADDED_TOKENS, CONFIGS, Config, choose, cut, fit, v_splits
+from milo.kernels.launching import CHOICE_DTYPES, Workspace, address, matrices, routing
 from milo.kernels.layout import TILE, PackedMatrix
 from milo.kernels.packed_reference import ACTIVATIONS
-from milo.kernels.parameters import Compensator, Matrix, Params, Routing
+from milo.kernels.parameters import Compensator, Params
 
 MAX_EXPERTS = 1024  # local experts; the blocks' routing scratch is sized by these
 MAX_CHOICES = min(config.pairs for config in CONFIGS)
@@ -19,7 +20,6 @@ _SHARED = 228 << 10  # bytes of shared memory an SM of sm_90 has
 _COUNTER_BYTES = 3 << 12  # of a launch's counters
 _STREAMS = 64
 _TURN = 16  # tokens a block of `combine`
-_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 class _Kernels:
@@ -183,16 +183,13 @@ class _Call:
             met = experts * (1 - max(0.0, 1 - self.topk / experts) ** self.tokens)
             self.items = min(self.pairs, met + max(0.0, self.pairs / config.tokens - met))
         self.add_items = self.tokens <= ADDED_TOKENS and self.pairs <= ADDED_PAIRS and config.token_tiles == 1
-        self.routing = Routing(
-            _address(ids), _address(expert_map), int(ids is not None and ids.dtype == torch.int64),
-            0 if expert_map is None else expert_map.shape[0], self.pairs, experts,
-        )  # fmt: skip
+        self.routing = routing(ids, expert_map, self.pairs, experts)
         self.weights = weights
         self.stream = torch.cuda.current_stream().cuda_stream
 
     def moe_ffn(self, gate_up: PackedMatrix, down: PackedMatrix, activation: int) -> None:
         kernels, last_kernels = self._of(gate_up), self._of(down)
-        workspace = _Workspace(
+        workspace = Workspace(
             self.x.device,
             h=self.pairs * gate_up.out_features * 2,
             t_up=self._t_bytes(gate_up),
@@ -209,19 +206,20 @@ class _Call:
         last, blocks = self._params(down, last_kernels.slots, workspace["h"], workspace, "t_down")
         last.counters, last.others = next_counters, counters
         if self.weights is not None:
-            last.choice_weights, last.choice_weight_type = self.weights.data_ptr(), _DTYPES.index(self.weights.dtype)
+            last.choice_weights = self.weights.data_ptr()
+            last.choice_weight_type = CHOICE_DTYPES.index(self.weights.dtype)
         self._down(last_kernels, blocks, last, early=True)
 
     def linear(self, weight: PackedMatrix, bias: torch.Tensor | None) -> None:
         kernels = self._of(weight)
-        workspace = _Workspace(
+        workspace = Workspace(
             self.x.device,
             t=self._t_bytes(weight),
             partial=self._partial_bytes(weight),
             carry=kernels.slots * self.config.tokens * TILE * 4,
         )
         params, blocks = self._params(weight, kernels.slots, self.x.data_ptr(), workspace, "t")
-        params.counters, params.bias = _counters(self.x.device.index).of(self.stream)[2], _address(bias)
+        params.counters, params.bias = _counters(self.x.device.index).of(self.stream)[2], address(bias)
         self._down(kernels, blocks, params, early=False)
 
     def _t_bytes(self, weight: PackedMatrix) -> int:
@@ -240,20 +238,16 @@ class _Call:
         b16 = self.x.dtype == torch.bfloat16
         return _kernels(self.config, weight.bits, weight.halves, b16, self.x.device.index)
 
-    def _params(self, weight: PackedMatrix, slots: int, x: int, workspace: _Workspace, t: str) -> tuple[Params, int]:
+    def _params(self, weight: PackedMatrix, slots: int, x: int, workspace: Workspace, t: str) -> tuple[Params, int]:
         """What both kernels are told, and how many blocks there are."""
         row_tiles, k_tiles = weight.codes.shape[1:3]
         experts = weight.codes.shape[0]
         v_tiles = self.items * weight.v_codes.shape[0] / experts
         spread = cut(self.items * row_tiles, k_tiles, v_tiles, self.config.warps, slots)
         params = Params(
-            routing=self.routing,
-            weights=Matrix(
-                weight.codes.data_ptr(), weight.meta.data_ptr(), k_tiles, weight.meta.shape[2],
-                int(weight.group_size == 128),
-            ),
-            v=Matrix(weight.v_codes.data_ptr(), weight.v_meta.data_ptr(), k_tiles, k_tiles, 0),
-            compensator=Compensator(
+            self.routing,
+            *matrices(weight),
+            Compensator(
                 weight.u_codes.data_ptr(), weight.u_scales.data_ptr(), weight.table.data_ptr(), workspace[t],
                 TILE * weight.v_row_tiles, v_splits(k_tiles, self.config.warps),
             ),
@@ -263,22 +257,3 @@ class _Call:
         params.rows, params.row_tiles = weight.out_features, row_tiles
         params.quanta, params.v_cost = spread.quanta, spread.v_cost
         return params, spread.blocks
-
-
-class _Workspace:
-    """Buffers of one call, from one allocation of PyTorch's pool (freed in stream order when the call returns)."""
-
-    def __init__(self, device: torch.device, **sizes: int) -> None:
-        self._offsets: dict[str, int] = {}
-        total = 0
-        for name, size in sizes.items():
-            self._offsets[name] = total
-            total += -(-size // 256) * 256
-        self._memory = torch.empty(total, dtype=torch.uint8, device=device)
-
-    def __getitem__(self, name: str) -> int:
-        return self._memory.data_ptr() + self._offsets[name]
-
-
-def _address(tensor: torch.Tensor | None) -> int | None:
-    return None if tensor is None else tensor.data_ptr()

@@ -8,6 +8,7 @@ from functools import cache
 import torch
 
 from milo.kernels import decode, nvrtc
+from milo.kernels.launching import CHOICE_DTYPES, Workspace, address, matrices, routing
 from milo.kernels.layout import TILE, PackedMatrix
 from milo.kernels.packed_reference import ACTIVATIONS
 from milo.kernels.parameters import Matrix, Routing
@@ -26,7 +27,6 @@ _PRODUCER_REGISTERS, _CONSUMER_REGISTERS = 40, 232  # a thread: together the 168
 _MAX_V_SPLITS = 16
 _MIN_V_TILES = 8  # tiles along K of a part of V x
 _RECORD_BYTES = 64
-_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def supports(device: torch.device, dtype: torch.dtype, experts: int = 1, topk: int = 1) -> tuple[bool, str]:
@@ -160,19 +160,16 @@ class _Call:
         self.tokens, self.experts = x.shape[0], first.codes.shape[0]
         self.topk = 1 if ids is None else ids.shape[1]
         self.pairs = self.tokens * self.topk
-        self.routing = Routing(
-            _address(ids), _address(expert_map), int(ids is not None and ids.dtype == torch.int64),
-            0 if expert_map is None else expert_map.shape[0], self.pairs, self.experts,
-        )  # fmt: skip
+        self.routing = routing(ids, expert_map, self.pairs, self.experts)
         self.width = WIDTH
         self.kernels = self._of(first)
 
     def moe_ffn(self, gate_up: PackedMatrix, down: PackedMatrix) -> None:
         assert self.ids is not None
         assert self.weights is not None
-        matrices = (gate_up, down)
-        counters = [self._items * (_v_groups(m) + 1) for m in matrices]
-        work = self._workspace(matrices, hidden=self.pairs * down.codes.shape[2] * TILE * 2,
+        both = (gate_up, down)
+        counters = [self._items * (_v_groups(m) + 1) for m in both]
+        work = self._workspace(both, hidden=self.pairs * down.codes.shape[2] * TILE * 2,
                                partial=self.pairs * down.out_features * 2)  # fmt: skip
         self._prepare(gate_up, work, sum(counters), down)
         product = self._product(gate_up, work, work["counters"])
@@ -197,7 +194,7 @@ class _Call:
         self._prepare(weight, work, self._items * (_v_groups(weight) + 1))
         product = self._product(weight, work, work["counters"])
         product.x, product.out, product.pitch_out = work["operand"], self.out.data_ptr(), weight.out_features
-        product.order, product.bias = None, _address(bias)
+        product.order, product.bias = None, address(bias)
         self._multiply(weight, product)
 
     @property
@@ -207,32 +204,27 @@ class _Call:
             return -(-self.tokens // self.width)
         return min(self.pairs, self.experts) + self.pairs // self.width
 
-    def _workspace(self, matrices: tuple[PackedMatrix, ...], **more: int) -> decode._Workspace:
-        t_stride = max(TILE * m.v_row_tiles for m in matrices)
-        splits = max(self._v_splits(m) for m in matrices)
-        return decode._Workspace(
+    def _workspace(self, weights: tuple[PackedMatrix, ...], **more: int) -> Workspace:
+        t_stride = max(TILE * m.v_row_tiles for m in weights)
+        splits = max(self._v_splits(m) for m in weights)
+        return Workspace(
             self.x.device,
-            operand=self.tokens * matrices[0].codes.shape[2] * TILE * 2,
+            operand=self.tokens * weights[0].codes.shape[2] * TILE * 2,
             items=self._items * _RECORD_BYTES,
             item_count=4,
             order=self.pairs * 4,
             weights=self.pairs * 4,
-            counters=sum(self._items * (_v_groups(m) + 1) for m in matrices) * 4,
+            counters=sum(self._items * (_v_groups(m) + 1) for m in weights) * 4,
             t_partial=splits * self.pairs * t_stride * 4,
             t=self.pairs * t_stride * 2,
             **more,
         )
 
-    def _prepare(
-        self, first: PackedMatrix, work: decode._Workspace, counters: int, second: PackedMatrix | None = None
-    ) -> None:
+    def _prepare(self, first: PackedMatrix, work: Workspace, counters: int, second: PackedMatrix | None = None) -> None:
         k_tiles = first.codes.shape[2]
         params = Preparation(self.routing)
         params.x, params.operand = self.x.data_ptr(), work["operand"]
-        params.first_table, params.second_table = (
-            first.table.data_ptr(),
-            _address(None if second is None else second.table),
-        )
+        params.first_table, params.second_table = first.table.data_ptr(), address(second.table if second else None)
         for name in ("items", "item_count", "order", "weights"):
             setattr(params, name, work[name])
         params.to_clear, params.clear_count = work["counters"], counters
@@ -241,18 +233,14 @@ class _Call:
         params.width = self.width
         if self.weights is not None:
             params.choice_weights = self.weights.data_ptr()
-            params.choice_weight_type = _DTYPES.index(self.weights.dtype)
+            params.choice_weight_type = CHOICE_DTYPES.index(self.weights.dtype)
         blocks = min(2 * self.kernels.processors, 1 + -(-self.tokens * k_tiles * 8 // _SORT_THREADS))
         shared = _sort_bytes(self.experts, self.pairs) if self.ids is not None else 0
         self.kernels.prepare(blocks, _SORT_THREADS, params, shared_bytes=shared)
 
-    def _product(self, weight: PackedMatrix, work: decode._Workspace, counters: int) -> Product:
+    def _product(self, weight: PackedMatrix, work: Workspace, counters: int) -> Product:
         row_tiles, k_tiles = weight.codes.shape[1:3]
-        shift = 1 if weight.group_size == 128 else 0
-        product = Product(
-            weights=Matrix(weight.codes.data_ptr(), weight.meta.data_ptr(), k_tiles, weight.meta.shape[2], shift),
-            v=Matrix(weight.v_codes.data_ptr(), weight.v_meta.data_ptr(), k_tiles, k_tiles, 0),
-        )
+        product = Product(*matrices(weight))
         product.u_codes, product.u_scales = weight.u_codes.data_ptr(), weight.u_scales.data_ptr()
         for name in ("items", "item_count", "order", "t_partial", "t"):
             setattr(product, name, work[name])
@@ -300,7 +288,3 @@ def _item_width(tokens: int, groups: int, processors: int) -> int:
         return -(-units // processors) * (max(width, 40) + 16), -width
 
     return min(range(16, WIDTH + 1, 8), key=cost)
-
-
-def _address(tensor: torch.Tensor | None) -> int | None:
-    return None if tensor is None else tensor.data_ptr()
