@@ -22,16 +22,16 @@ from __future__ import annotations
 
 from milo.integrations.vllm.versions import supported
 
-QUANTIZATION = "milo"
-
 
 def register() -> None:
     """Make vLLM know the method; may be called any number of times."""
     import vllm
     from vllm.model_executor.layers.quantization import register_quantization_config
 
+    from milo.checkpoint.compressed import QUANT_METHOD
+
     if supported(vllm.__version__):
         from milo.integrations.vllm.config import MiloQuantizationConfig as config
     else:
         from milo.integrations.vllm.refusing import RefusingConfig as config
-    register_quantization_config(QUANTIZATION)(config)
+    register_quantization_config(QUANT_METHOD)(config)

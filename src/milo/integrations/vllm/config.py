@@ -25,7 +25,7 @@ from milo.checkpoint.compressed import CompressedCheckpoint, plan_from_config
 from milo.checkpoint.roles import LAYER_INDEX
 from milo.errors import ServingError
 from milo.format.shards import Span
-from milo.integrations.vllm import QUANTIZATION
+from milo.integrations.vllm.base import BaseConfig
 from milo.integrations.vllm.names import NamingMapper, Stack
 from milo.integrations.vllm.pieces import share
 from milo.plan.plan import Plan, Row
@@ -59,7 +59,7 @@ class Source:
         return Span(self.first + own.begin, self.first + own.end, self.row.shape[0])
 
 
-class MiloQuantizationConfig(QuantizationConfig):
+class MiloQuantizationConfig(BaseConfig):
     """The plan of a compressed folder, for vLLM.
 
     Args:
@@ -75,21 +75,6 @@ class MiloQuantizationConfig(QuantizationConfig):
         self._stacks: dict[str, Stack] = {}
         self._heads: list[str] = []
         self._unnamed = self._checked = self._tied = False
-
-    @classmethod
-    def get_name(cls) -> str:
-        return QUANTIZATION
-
-    def get_supported_act_dtypes(self) -> list[torch.dtype]:
-        return [torch.float16, torch.bfloat16]
-
-    @classmethod
-    def get_min_capability(cls) -> int:
-        return 80
-
-    @staticmethod
-    def get_config_filenames() -> list[str]:
-        return []
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> MiloQuantizationConfig:

@@ -9,29 +9,15 @@ from typing import Any, NoReturn
 
 import torch
 import vllm
-from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
+from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
 
 from milo.errors import ServingError
-from milo.integrations.vllm import QUANTIZATION
+from milo.integrations.vllm.base import BaseConfig
 from milo.integrations.vllm.versions import RANGE
 
 
-class RefusingConfig(QuantizationConfig):
+class RefusingConfig(BaseConfig):
     """What is registered with a vLLM that was not tested: says so when a compressed folder is opened."""
-
-    def get_name(self) -> str:
-        return QUANTIZATION
-
-    def get_supported_act_dtypes(self) -> list[torch.dtype]:
-        return [torch.float16, torch.bfloat16]
-
-    @classmethod
-    def get_min_capability(cls) -> int:
-        return 80
-
-    @staticmethod
-    def get_config_filenames() -> list[str]:
-        return []
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> NoReturn:
