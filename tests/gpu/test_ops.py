@@ -8,7 +8,7 @@ import torch
 from milo import ops
 from milo.format.matrix import Encoding
 from milo.kernels import cutting, decode
-from operators import COMPACT, DTYPES, RANKS, Block, check, experts_of, route
+from operators import COMPACT, DTYPES, RANKS, Block, check, experts_of, route, stacked
 
 pytestmark = [
     pytest.mark.gpu,
@@ -126,6 +126,17 @@ def test_linear(dtype: torch.dtype, rank: int, tokens: int) -> None:
     bias = torch.randn(shape[0], device="cuda", dtype=dtype)
     check(ops.linear(x, packed), x.double().cpu() @ weight.T)
     check(ops.linear(x, packed, bias), x.double().cpu() @ weight.T + bias.double().cpu())
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("encoding", [Encoding(), Encoding(6, 64, 6, 8)], ids=str)
+@pytest.mark.parametrize("ranks", [(0, 0, 0), (17, 0, 80)])
+def test_stacked_linears(dtype: torch.dtype, encoding: Encoding, ranks: tuple[int, ...]) -> None:
+    packed, _, weight = stacked(encoding, ranks)
+    bias = torch.randn(weight.shape[0], device="cuda", dtype=dtype)
+    for tokens in (1, 8, 33, 130):
+        x = torch.randn(tokens, weight.shape[1], device="cuda", dtype=dtype)
+        check(ops.linear(x, packed, bias), x.double().cpu() @ weight.T + bias.double().cpu())
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
