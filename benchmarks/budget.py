@@ -22,10 +22,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-import transformers
-from quality import device_name
+from record import header, write
 
-import milo
 from milo.evaluate import load_text, tokenize
 from milo.evaluate.folder import load_model, load_tokenizer, measure_size
 from milo.evaluate.paired import Reference, Scores, kl_difference
@@ -82,15 +80,14 @@ class Bench:
             name: Reference(self.model, ids, args.window, batch=16, held=args.device) for name, ids in texts.items()
         }
         self.scores: dict[str, dict[str, Scores]] = {}
-        self.result: dict[str, Any] = {
+        settings = {
             "model": folder.name,
             "window": args.window,
             "tokens": {name: len(ids) for name, ids in texts.items()},
             "dtype": "float32",
-            "device": device_name(args.device),
-            "milo": milo.__version__,
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
+        }
+        self.result: dict[str, Any] = {
+            **header(args.device, settings, "torch", "transformers"),
             "original": {name: {"ppl": r.original.perplexity} for name, r in self.references.items()},
             "rows": [],
         }
@@ -133,7 +130,7 @@ class Bench:
         if against:
             row["against"] = against
         self.result["rows"].append(row)
-        self.out.write_text(json.dumps(self.result, indent=1) + "\n")
+        write(self.out, self.result)
         print(
             json.dumps({k: row[k] for k in ("recipe", "bits_per_weight", "against", "wikitext2") if k in row}),
             flush=True,
