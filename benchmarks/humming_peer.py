@@ -1,7 +1,8 @@
-"""Humming's weight-only kernels (package `humming-kernels`, 0.1.19), called as vLLM calls them: its own tuning.
+"""Humming's weight-only kernels (package `humming-kernels`, 0.1.19), in the configurations that it chooses itself.
 
-Left to itself, a layer compiles the kernels of every range of tokens at its first call, some forty to ninety; here a
-call names the range that it needs, and `compile_ahead` compiles those of a whole run at once.
+Left alone, a layer works out and compiles the kernels of every range of rows at its first call, some forty to ninety.
+Here a call names the configuration of its own number of rows, which is the one that the range would have given, and
+`compile_ahead` compiles those of a whole run side by side.
 """
 
 from __future__ import annotations
@@ -120,10 +121,8 @@ def tuned(config: Any, gemm: str, rows: int) -> tuple[str, int]:
     """Humming's own choice of a kernel for so many rows, as JSON, and how many rows a block of it takes."""
     from humming.tune import get_heuristics_config
 
-    for low, high, choice in get_heuristics_config(layer_config=config, gemm_type=gemm):
-        if low < rows <= high:
-            return json.dumps(choice), choice["block_shape"][0]
-    raise ValueError(f"Humming has no kernel for {rows} rows")
+    choice = get_heuristics_config(layer_config=config, shape_m=rows, gemm_type=gemm)
+    return json.dumps(choice), choice["block_shape"][0]
 
 
 def _compute(gemm: str) -> str:
