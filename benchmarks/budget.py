@@ -5,8 +5,8 @@
 HQQ, MiLo with dense rank hidden/4 and expert rank 16 (10 rounds), every uniform choice of the menu, the role-only rule
 (dense roles at 5 or 6 bits, experts the rest), and budgets of the same bytes. Uniform choices and the role-only rule
 have the allocator's own grids, in-feature weights included, so that allocation is all they differ in. One
-`budget_NAME.json` a model; rows are written as they come, the ones that matter most first. Every budget row names what
-it stands against, with the paired difference of the divergences.
+`budget_NAME.json` a model; rows are written as they come, the ones that matter most first, and a file that is there
+already is gone on with. Every budget row names what it stands against, with the paired difference of the divergences.
 """
 
 from __future__ import annotations
@@ -41,7 +41,8 @@ from milo.plan.recipe import custom_recipe
 from milo.plan.sensitivity import Sensitivities, structural
 
 T = TypeVar("T")
-MILO = "milo h/4 + 16"
+MILO, HQQ = "milo h/4 + 16", "hqq"
+PAPER = (MILO, HQQ)  # with the paper's grids; all others have the allocator's
 FIVE, SIX = Encoding(5, 64, 6, 8), Encoding(6, 64, 6, 8)
 
 
@@ -50,7 +51,7 @@ def fixed_plans(source: Source) -> dict[str, Plan]:
     config = source.checkpoint.config
     plans = {
         MILO: plan_source(source, custom_recipe("hqq", config, ranks="dense:h/4+sparse:16", rounds=10)),
-        "hqq": plan_source(source, custom_recipe("hqq", config)),
+        HQQ: plan_source(source, custom_recipe("hqq", config)),
     }
     blank = plan_source(source, custom_recipe("hqq", config, grid=GRID))
     for dense in (FIVE, SIX):
@@ -91,6 +92,19 @@ class Bench:
             "original": {name: {"ppl": r.original.perplexity} for name, r in self.references.items()},
             "rows": [],
         }
+        if self.out.exists():
+            self._go_on(json.loads(self.out.read_text()))
+
+    def _go_on(self, found: dict[str, Any]) -> None:
+        """Take over the rows of an earlier run of the same settings."""
+        for key, value in self.result.items():
+            if key not in ("rows", "original") and found[key] != value:
+                raise SystemExit(f"{self.out} is of another run ({key} {found[key]}, here {value}): move it away")
+        self.result["rows"] = found["rows"]
+
+    def has(self, label: str) -> bool:
+        """Whether a row is there from an earlier run, or from this one."""
+        return any(row["recipe"] == label for row in self.result["rows"])
 
     def judge(
         self, label: str, plan: Plan, known: Sensitivities | None = None, against: str | None = None, **more: Any
@@ -129,7 +143,8 @@ class Bench:
                 row[name] |= {"kl_ratio": score.mean_kl / other.mean_kl, "kl_minus": difference, "kl_minus_se": error}
         if against:
             row["against"] = against
-        self.result["rows"].append(row)
+        rows = {each["recipe"]: each for each in self.result["rows"]} | {label: row}
+        self.result["rows"] = list(rows.values())
         write(self.out, self.result)
         print(
             json.dumps({k: row[k] for k in ("recipe", "bits_per_weight", "against", "wikitext2") if k in row}),
@@ -166,20 +181,21 @@ def run(folder: Path, args: argparse.Namespace) -> None:
 
     def budget(origin: str, against: str, share: float = 1.0) -> None:
         rate = share * rates[against]
-        found = plan_budget(source, Budget(f"{rate:.4f}bpw", rate=rate), measured[origin], known[origin], origin)
         label = f"budget {rate:.4f} ({origin}) against {against}"
+        if bench.has(label):
+            return
+        if against not in bench.scores:  # the paired difference needs every token's divergence, which no file has
+            bench.judge(against, plans[against], known["random"] if against not in PAPER else None)
+        found = plan_budget(source, Budget(f"{rate:.4f}bpw", rate=rate), measured[origin], known[origin], origin)
         loss = found.allocation.loss
         bench.judge(label, found.plan, known[origin], against, sensitivities=origin, predicted_kl=loss)
 
-    bench.judge(MILO, plans[MILO])
-    bench.judge("hqq", plans["hqq"])
     for origin in known:
         budget(origin, MILO)
-    budget("random", "hqq")
+    budget("random", HQQ)
     budget("random", MILO, 0.86)
-    for label, plan in plans.items():
-        if label not in (MILO, "hqq"):
-            bench.judge(label, plan, known["random"])
+    for label in plans:
+        if label not in PAPER:
             budget("random", label)
 
 

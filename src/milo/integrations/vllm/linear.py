@@ -126,6 +126,8 @@ class MiloLinearMethod(LinearMethodBase):
                 dtypes |= stored_dtypes(source.row) if source.row else {}
         for suffix, dtype in dtypes.items():
             layer.register_parameter(suffix, empty(dtype, partial(self._load, layer, suffix)))
+        if "weight" not in dtypes:  # without elements: vLLM 0.26's latent attention asks kv_b_proj.weight for its dtype
+            layer.register_buffer("weight", torch.empty(0, dtype=params_dtype), persistent=False)
 
     def _bind(self, layer: LinearBase, sources: Sequence[Source]) -> None:
         """Say what each part of the layer waits for."""
