@@ -131,8 +131,9 @@ def _compute(gemm: str) -> str:
 
 def compile_ahead(needs: Sequence[Need], dtype: torch.dtype, device: torch.device) -> None:
     """Compile the kernels of these products side by side; what fails is compiled, or fails, when it is called."""
-    find_compiler()
-    attempt("compiling Humming's kernels", lambda: _compile(needs, dtype, device))
+    if needs:
+        find_compiler()
+        attempt("compiling Humming's kernels", lambda: _compile(needs, dtype, device))
 
 
 def _compile(needs: Sequence[Need], dtype: torch.dtype, device: torch.device) -> None:

@@ -16,8 +16,10 @@ from math import ceil
 from pathlib import Path
 from typing import Any
 
+import humming_peer
+import synthetic
 import torch
-from humming_peer import FORMATS, Need, Product, compile_ahead
+from humming_peer import FORMATS, Need, Product
 from record import figures, header, write
 from synthetic import random_matrix
 from timing import attempt, graph_time, read_bandwidth
@@ -126,8 +128,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for n, k in sizes
         for tokens in options.tokens
     ]
-    if wanted:
-        compile_ahead(wanted, options.dtype, options.device)
+    synthetic.compile_ahead(options.dtype, options.device)
+    humming_peer.compile_ahead(wanted, options.dtype, options.device)
+    print(f"compiled after {time.perf_counter() - begin:.0f} s", flush=True)
     rows: list[Row] = []
     for name in options.shapes:
         new = measure(name, bandwidth, options)

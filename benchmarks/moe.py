@@ -23,8 +23,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import humming_peer
+import synthetic
 import torch
-from humming_peer import FORMATS, Need, compile_ahead
+from humming_peer import FORMATS, Need
 from peers import PEERS, Case, open_peer, time_peer
 from record import figures, header, write
 from synthetic import ROUTINGS, SHAPES, ZIPF, Layer, Shape, official_layers, random_layers, route, touched_bytes
@@ -175,9 +177,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         settings["zipf_exponent"] = ZIPF
     result = header(options.device, settings, "torch") | {"peers": {p: FORMATS.get(p) for p in options.peers}}
     print(f"{result['device']}, read {bandwidth / 1e6:.2f} TB/s; microseconds", flush=True)
-    if wanted := needs(options):
-        compile_ahead(wanted, options.dtype, options.device)
-        print(f"Humming's kernels are compiled after {time.perf_counter() - begin:.0f} s", flush=True)
+    synthetic.compile_ahead(options.dtype, options.device)
+    humming_peer.compile_ahead(needs(options), options.dtype, options.device)
+    print(f"compiled after {time.perf_counter() - begin:.0f} s", flush=True)
     rows: list[Row] = []
     for name in options.shapes:
         new = (measure_official if options.official else measure)(name, bandwidth, options)

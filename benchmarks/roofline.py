@@ -16,6 +16,7 @@ from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, StrMethodFormatter
 
 # What a row holds, how it is called, and Okabe and Ito's colours; the markers say the same in grey.
 SERIES = (
@@ -79,6 +80,8 @@ def _panel(axes: Axes, title: str, rows: Sequence[Mapping[str, Any]]) -> dict[st
     tokens = sorted({row["tokens"] for row in rows})
     axes.set_xticks(tokens, [f"{each:,}" for each in tokens])
     axes.minorticks_off()
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter(StrMethodFormatter("{x:,g}"))
     axes.grid(visible=True, color="0.9", linewidth=0.6)
     return drawn
 

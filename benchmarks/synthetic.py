@@ -13,6 +13,7 @@ from kurtosis import made_up_kurtosis
 
 from milo.checkpoint.inventory import Group, Kind
 from milo.checkpoint.roles import Role
+from milo.kernels import decode
 from milo.kernels.layout import RANKS, TILE, PackedMatrix
 from milo.plan.ranks import Evidence, assign_ranks
 
@@ -90,6 +91,12 @@ def random_matrix(
         parts=parts,
         v_row_tiles=max(row[1] for row in table),
     )
+
+
+def compile_ahead(dtype: torch.dtype, device: torch.device) -> None:
+    """Compile our kernels for few tokens side by side, where they run; the others compile at their first call."""
+    if decode.supports(device, dtype)[0]:
+        decode.prepare(random_matrix(1, TILE, TILE, 1, 0, device), dtype)
 
 
 def random_layers(shape: Shape, rank: int, device: torch.device) -> list[Layer]:

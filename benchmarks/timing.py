@@ -25,6 +25,7 @@ def graph_time(calls: Sequence[Call], repeats: int = 20) -> float:
     """
     if not torch.cuda.is_available():
         return median(_seconds(calls) for _ in range(2)) / len(calls) * 1e6
+    torch.cuda.synchronize()  # what the calls read is written on another stream
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
         for call in calls:
