@@ -10,8 +10,14 @@ template <int PARTS>
 __device__ __forceinline__ void add_factors(const Params& p, const Part& part, int first, int stride,
                                             Accumulators& total) {
   const Compensator& c = p.compensator;
-  const int4 entry = __ldg(c.table + items().expert[part.item]);
-  const int lane = threadIdx.x % WARP, steps = entry.w;
+  const int number = c.entry(items().expert[part.item], part.group), lane = threadIdx.x % WARP;
+  int4 entry = __ldg(c.table + number);
+  const int steps = entry.w;
+  int column = 0;  // of t, where this row tile's begin
+  if (c.stacked) {  // all of V is one item's
+    if (number) entry.z -= c.ends[number - 1] * steps;
+    column = entry.x * 64, entry.y = c.t_stride / 64;
+  }
   bool complete = false;
 #pragma unroll 1
   for (int step = first; step < steps; step += stride) {
@@ -48,7 +54,7 @@ __device__ __forceinline__ void add_factors(const Params& p, const Part& part, i
 #pragma unroll
             for (int s = 0; s < SPLITS; ++s) {
               const long long row = min(s, c.t_splits - 1) * static_cast<long long>(p.routing.pairs) + pair;
-              const int k = (side * steps + step) * 16 + 8 * i + lane % 4 * 2;
+              const int k = column + (side * steps + step) * 16 + 8 * i + lane % 4 * 2;
               t[i][s] = __ldcg(reinterpret_cast<const float2*>(c.t + row * c.t_stride + k));
             }
           }

@@ -188,7 +188,7 @@ __device__ __forceinline__ void prepare(const Params& p) {
 #pragma unroll 2
       for (int i = thread; i < p.routing.experts; i += threads) {
         const int4 entry = __ldg(p.compensator.table + i);
-        sizes[i] = entry.y | entry.w << 16;
+        sizes[i] = p.compensator.stacked ? p.compensator.t_stride / 64 : entry.y | entry.w << 16;
       }
     }
     if (p.add_items) {

@@ -16,6 +16,15 @@ struct Compensator {
   const int4* table;    // an expert: {first V row tile, V row tiles, first U step, U steps a row tile}
   float* t;             // [splits][pairs][t_stride]
   int t_stride, t_splits;
+  int stacked, ends[4]; // matrices stacked over out-features, each with an entry of the table; their ends in row tiles
+
+  // Which entry of the table row tile `group` of an expert goes by.
+  __device__ __forceinline__ int entry(int expert, int group) const {
+    if (!stacked) return expert;
+    int number = 0;
+    for (int i = 0; i < 3; ++i) number += i < stacked - 1 && group >= ends[i];
+    return number;
+  }
 };
 
 struct Params {
@@ -167,7 +176,10 @@ __device__ __forceinline__ void describe(const Params& p, int base) {
       part.group = static_cast<short>(ITEM_FIRST ? place.q : place.r);
       part.from = max(s.start, unit * p.quanta), part.to = min(s.end, (unit + 1) * p.quanta);
       pieces = p.quanta, low = part.from - unit * p.quanta, high = part.to - unit * p.quanta;
-      if (low == 0) part.u_steps = items().u_steps[number];
+      if (low == 0) {
+        const Compensator& c = p.compensator;
+        part.u_steps = c.stacked && c.t_stride ? __ldg(&c.table[c.entry(0, part.group)].w) : items().u_steps[number];
+      }
       row_tile = items().expert[number] * p.row_tiles + part.group;
     }
     const Item item = items()[number];
