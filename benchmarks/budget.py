@@ -22,10 +22,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-import transformers
-from quality import device_name
+from record import header, write
 
-import milo
 from milo.evaluate import load_text, tokenize
 from milo.evaluate.folder import load_model, load_tokenizer, measure_size
 from milo.evaluate.paired import Reference, Scores, kl_difference
@@ -83,15 +81,14 @@ class Bench:
             name: Reference(self.model, ids, args.window, batch=16, held=args.device) for name, ids in texts.items()
         }
         self.scores: dict[str, dict[str, Scores]] = {}
-        self.result: dict[str, Any] = {
+        settings = {
             "model": folder.name,
             "window": args.window,
             "tokens": {name: len(ids) for name, ids in texts.items()},
             "dtype": "float32",
-            "device": device_name(args.device),
-            "milo": milo.__version__,
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
+        }
+        self.result: dict[str, Any] = {
+            **header(args.device, settings, "torch", "transformers"),
             "original": {name: {"ppl": r.original.perplexity} for name, r in self.references.items()},
             "rows": [],
         }
@@ -148,7 +145,7 @@ class Bench:
             row["against"] = against
         rows = {each["recipe"]: each for each in self.result["rows"]} | {label: row}
         self.result["rows"] = list(rows.values())
-        self.out.write_text(json.dumps(self.result, indent=1) + "\n")
+        write(self.out, self.result)
         print(
             json.dumps({k: row[k] for k in ("recipe", "bits_per_weight", "against", "wikitext2") if k in row}),
             flush=True,
