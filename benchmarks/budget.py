@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import tempfile
 import time
 from collections.abc import Callable
@@ -182,7 +183,7 @@ def run(folder: Path, args: argparse.Namespace) -> None:
     def budget(origin: str, against: str, share: float = 1.0) -> None:
         rate = share * rates[against]
         label = f"budget {rate:.4f} ({origin}) against {against}"
-        if bench.has(label):
+        if bench.has(label) or not re.search(args.only, against):
             return
         if against not in bench.scores:  # the paired difference needs every token's divergence, which no file has
             bench.judge(against, plans[against], known["random"] if against not in PAPER else None)
@@ -208,6 +209,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=102_400)
     parser.add_argument("--lambada-tokens", type=int, default=20_480)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--only", default="", help="regular expression: no others are stood against")
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
     torch.set_num_threads(1)
