@@ -59,6 +59,22 @@ __device__ __forceinline__ u64 evict_normal() {
 // What this thread knows to be in shared memory is visible to its tensor core's reads.
 __device__ __forceinline__ void fence_for_tensor_core() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
+// True in one lane of a warp whose lanes are all here; the compiler knows that it is one, so what it does with the copy
+// engine needs no loop over lanes.
+__device__ __forceinline__ bool elect() {
+  u32 chosen;
+  asm volatile("{\n.reg .pred p;\nelect.sync _|p, 0xffffffff;\nselp.u32 %0, 1, 0, p;\n}" : "=r"(chosen));
+  return chosen;
+}
+
+// g / (1 + exp(-g)), with two approximations of 2^-22 and none of the scaling that keeps denormal numbers.
+__device__ __forceinline__ float fast_silu(float g) {
+  float power, inverse;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(g * -1.4426950408889634f));
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(inverse) : "f"(1 + power));
+  return g * inverse;
+}
+
 // A barrier among `threads` threads of the block.
 __device__ __forceinline__ void named_barrier(int name, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(name), "r"(threads) : "memory");
@@ -86,6 +102,9 @@ __device__ __forceinline__ u32 load_shared_word(u32 from) {
 __device__ __forceinline__ void store_shared_word(u32 to, u32 v) {
   asm volatile("st.shared.u32 [%0], %1;" ::"r"(to), "r"(v) : "memory");
 }
+__device__ __forceinline__ void store_floats(u32 to, const float* v) {  // four
+  asm volatile("st.shared.v4.f32 [%0], {%1,%2,%3,%4};" ::"r"(to), "f"(v[0]), "f"(v[1]), "f"(v[2]), "f"(v[3]) : "memory");
+}
 __device__ __forceinline__ uint2 load_shared_pair(u32 from) {
   uint2 v;
   asm volatile("ld.shared.v2.u32 {%0,%1}, [%2];" : "=r"(v.x), "=r"(v.y) : "r"(from));
@@ -105,6 +124,17 @@ __device__ __forceinline__ void store_transposed(u32 to, const u32 (&v)[4]) {
                : "memory");
 }
 
+// a * b + c on a pair of 16-bit floats.
+template <bool B16>
+__device__ __forceinline__ u32 multiply_add2(u32 a, u32 b, u32 c) {
+  u32 d;
+  if constexpr (B16) {
+    asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
+  } else {
+    asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
+  }
+  return d;
+}
 // a * b on a pair of 16-bit floats.
 template <bool B16>
 __device__ __forceinline__ u32 mul2(u32 a, u32 b) {

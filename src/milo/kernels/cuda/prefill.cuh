@@ -1,8 +1,10 @@
 // The parameters of a product of many tokens, its units of work, and the ring in shared memory that feeds it.
 //
 // A unit is four row tiles of one expert's matrix times up to WIDTH of its tokens (an *item* of the list that `prepare`
-// makes). Two warpgroups of consumers take two row tiles each. A stage of the ring is 64 in-features: the row tiles'
-// codes and metadata as they stand in memory, and the tokens' activations as the tensor core reads them.
+// makes). Two warpgroups of consumers take two row tiles each; where items are short there are two pairs of them, which
+// take turns with the stages, and the second's sums are added to the first's at the end of a unit. A stage of the ring is
+// 64 in-features: the row tiles' codes and metadata as they stand in memory, and the tokens' activations as the tensor
+// core reads them.
 //
 // After a unit's in-features, its compensator follows as more stages: up to four steps of U (16 ranks) in the place of
 // the codes, their scales in the place of the metadata, t = V x, rounded as activations are, in their place. With two
@@ -17,10 +19,12 @@ constexpr int BITS = MILO_BITS;      // of a code: 3 or 4
 constexpr int HALVES = MILO_HALVES;  // groups within a tile's 64 in-features: 2 for groups of 32, else 1
 constexpr int WIDTH = MILO_WIDTH;    // the most tokens of an item, a multiple of 8
 constexpr int STAGES = MILO_STAGES;
+constexpr int TURNS = MILO_TURNS;    // groups of consumers that take the stages in turns: 1 or 2
 static_assert(WIDTH % 16 == 0, "results are transposed 16 tokens at a time");
+static_assert(STAGES % TURNS == 0, "a slot of the ring is always the same group's");
 
 constexpr int ROW_TILES = 4;
-constexpr int GROUP_THREADS = 128, THREADS = 3 * GROUP_THREADS;
+constexpr int GROUP_THREADS = 128, THREADS = (1 + 2 * TURNS) * GROUP_THREADS;
 constexpr int TOKEN_THREADS = GROUP_THREADS - WARP;  // the producers that fetch activations; a warp fetches weights
 constexpr int CODE_BYTES = BITS * 512, META_BYTES = 256 * HALVES, X_BYTES = WIDTH * 128, STEP_BYTES = 384;
 
@@ -50,7 +54,7 @@ struct Params {
   const int* order;      // the pairs sorted by expert; null: places are rows
   const float* choice_weights;  // of the pairs in `order`; null: ones
   const u16* bias;       // [rows] or null
-  float* t_partial;      // [v_splits][places][t_stride]
+  float* t_partial;      // [v_splits][2][places][t_stride]: a part of K of a half of the consumers
   u16* t;                // [places][t_stride]
   int* v_arrived;        // [items][v_groups], zero at the start
   int* v_done;           // [items], zero at the start
@@ -65,7 +69,9 @@ constexpr int CODES_AT = STAGES * X_BYTES;
 constexpr int META_AT = CODES_AT + STAGES * ROW_TILES * CODE_BYTES;
 constexpr int RESULTS_AT = META_AT + STAGES * ROW_TILES * META_BYTES;
 constexpr int RESULTS_BYTES = WIDTH * 128;  // a warpgroup
-constexpr int CHOICES_AT = RESULTS_AT + 2 * RESULTS_BYTES;
+constexpr int SUMS_AT = RESULTS_AT + 2 * RESULTS_BYTES;   // what a warpgroup of the second turn adds to the first's
+constexpr int SUMS_BYTES = TURNS == 2 ? WIDTH * 512 : 0;
+constexpr int CHOICES_AT = SUMS_AT + 2 * SUMS_BYTES;
 constexpr int CHOICES_BYTES = WIDTH * 8;    // a warpgroup: order, then weights
 constexpr int ROWS_AT = CHOICES_AT + 2 * CHOICES_BYTES;  // where each token's activations are
 constexpr int FLAG_AT = ROWS_AT + WIDTH * 4 + 192;  // reads run over
@@ -105,6 +111,7 @@ struct Unit {
   int v_groups;                    // groups of V's row tiles of this expert, which t waits for
   long long first_tile;            // `tile`, counted over all experts
   bool is_v, past;
+  bool halved;                     // V's rows are one half's, so the halves share in-features instead of rows
 
   __device__ __forceinline__ Unit(const Params& p, int number, int items) {
     const int v_units = items * p.v_groups * p.v_splits;
@@ -112,16 +119,14 @@ struct Unit {
     if (past) return;
     is_v = number < v_units;
     if (is_v) {
-      split = number % p.v_splits;
-      group = number / p.v_splits % p.v_groups;
-      item = number / (p.v_splits * p.v_groups);
+      const Quotient parts = divide(number, p.v_splits), of_item = divide(parts.q, p.v_groups);
+      split = parts.r, group = of_item.r, item = of_item.q;
     } else {
       number -= v_units;
-      item = number / p.groups;  // one of this expert's, perhaps not ours
-      const int any = p.items[item].turn, first = any & 0xffff, all = any >> 16;
-      number -= first * p.groups;
-      split = 0, group = number / all;
-      item = first + number % all;
+      const Record& any = p.items[divide(number, p.groups).q];  // one of this expert's, perhaps not ours
+      const int first = any.turn & 0xffff;
+      const Quotient turn = divide(number - first * p.groups, any.turn >> 16);
+      split = 0, group = turn.q, item = first + turn.r;
     }
     const Record& r = p.items[item];
     const int4 factors = r.factors[p.second];
@@ -130,16 +135,18 @@ struct Unit {
     first_step = factors.z, steps = is_v ? 0 : factors.w;
     tile = group * ROW_TILES;
     tiles = max(0, min(ROW_TILES, (is_v ? factors.y : p.row_tiles) - tile));
+    halved = is_v && tiles <= ROW_TILES / 2;
     first_tile = (is_v ? factors.x : static_cast<long long>(r.expert) * p.row_tiles) + tile;
     const int all = p.weights.k_tiles;
-    k_tile = is_v ? all * split / p.v_splits : 0;
-    k_tiles = is_v ? all * (split + 1) / p.v_splits - k_tile : all;
+    k_tile = is_v ? divide(all * split, p.v_splits).q : 0;
+    k_tiles = is_v ? divide(all * (split + 1), p.v_splits).q - k_tile : all;
   }
 
   // Where the record of a unit stands, or one beside it.
   static __device__ __forceinline__ const Record* near(const Params& p, int number, int items) {
     const int v_units = items * p.v_groups * p.v_splits;
-    const int item = number < v_units ? number / (p.v_splits * p.v_groups) : (number - v_units) / p.groups;
+    const bool is_v = number < v_units;
+    const int item = divide(is_v ? number : number - v_units, is_v ? p.v_splits * p.v_groups : p.groups).q;
     return p.items + min(item, items - 1);
   }
 };
@@ -147,6 +154,5 @@ struct Unit {
 // Steps of U a stage, and stages.
 __device__ __forceinline__ int steps_a_stage(const Params& p) { return p.parts == 2 ? 2 : 4; }
 __device__ __forceinline__ int u_stages(const Params& p, int steps) {
-  const int each = steps_a_stage(p);
-  return (steps + each - 1) / each;
+  return p.parts == 2 ? (steps + 1) / 2 : (steps + 3) / 4;
 }

@@ -2,9 +2,8 @@
 #pragma once
 #include "prefill.cuh"
 
+// One lane asks for all: instructions for the copy engine are a warp's, and take one another's place in its queue.
 __device__ __forceinline__ void produce_weights(const Params& p) {
-  const int lane = threadIdx.x % WARP, tile = lane / 2;
-  const bool is_meta = lane % 2;
   const u64 once = evict_first(), again = evict_normal();
   if (!p.early) wait_for_primary();
   const int items = *p.item_count;
@@ -14,37 +13,42 @@ __device__ __forceinline__ void produce_weights(const Params& p) {
     if (u.past) break;
     if (!u.tiles) continue;
     const Matrix& m = u.is_v ? p.v : p.weights;
-    const bool mine = tile < u.tiles;
-    const u32 to = is_meta ? ring.base + META_AT + tile * META_BYTES : ring.base + CODES_AT + tile * CODE_BYTES;
-    const u32 slot_bytes = ROW_TILES * (is_meta ? META_BYTES : CODE_BYTES);
-    const char* from = is_meta ? m.meta + (u.first_tile + tile) * m.records * META_BYTES
-                               : m.codes + (u.first_tile + tile) * m.k_tiles * CODE_BYTES;
     const u64 policy = u.turns == 1 ? once : again;
+    const int code_stride = m.k_tiles * CODE_BYTES, meta_stride = m.records * META_BYTES;
+    const char* codes = m.codes + u.first_tile * code_stride + static_cast<long long>(u.k_tile) * CODE_BYTES;
+    const char* meta = m.meta + u.first_tile * meta_stride;
 #pragma unroll 1
-    for (int kt = u.k_tile; kt < u.k_tile + u.k_tiles; ++kt) {
+    for (int kt = u.k_tile; kt < u.k_tile + u.k_tiles; ++kt, codes += CODE_BYTES, ring.next()) {
       ring.wait_empty();
-      if (lane == 0) barrier_expect(ring.full(), u.tiles * (CODE_BYTES + META_BYTES));
-      __syncwarp();
-      if (mine) {
-        const long long at = is_meta ? (kt >> m.meta_shift) * META_BYTES : static_cast<long long>(kt) * CODE_BYTES;
-        copy_bulk(to + ring.slot * slot_bytes, from + at, is_meta ? META_BYTES : CODE_BYTES, ring.full(), policy);
+      if (elect()) {
+        barrier_expect(ring.full(), u.tiles * (CODE_BYTES + META_BYTES));
+        const char* record = meta + (kt >> m.meta_shift) * META_BYTES;
+        const char* code = codes;
+#pragma unroll 1
+        for (int t = 0; t < u.tiles; ++t, code += code_stride, record += meta_stride) {
+          copy_bulk(ring.codes(t), code, CODE_BYTES, ring.full(), policy);
+          copy_bulk(ring.meta(t), record, META_BYTES, ring.full(), policy);
+        }
       }
-      ring.next();
+      __syncwarp();
     }
     if (!u.steps) continue;
     const int each = steps_a_stage(p), scale_bytes = p.parts * 32;
-    const long long first = u.first_step + static_cast<long long>(u.tile + tile) * u.steps;
+    const long long first = u.first_step + static_cast<long long>(u.tile) * u.steps;
 #pragma unroll 1
-    for (int stage = 0; stage < u_stages(p, u.steps); ++stage) {
+    for (int stage = 0; stage < u_stages(p, u.steps); ++stage, ring.next()) {
       const int step = stage * each, steps = min(each, u.steps - step);
       ring.wait_empty();
-      if (lane == 0) barrier_expect(ring.full(), u.tiles * steps * (STEP_BYTES + scale_bytes));
-      __syncwarp();
-      if (mine) {
-        const char* source = is_meta ? p.u_scales + (first + step) * scale_bytes : p.u_codes + (first + step) * STEP_BYTES;
-        copy_bulk(to + ring.slot * slot_bytes, source, steps * (is_meta ? scale_bytes : STEP_BYTES), ring.full(), again);
+      if (elect()) {
+        barrier_expect(ring.full(), u.tiles * steps * (STEP_BYTES + scale_bytes));
+#pragma unroll 1
+        for (int t = 0; t < u.tiles; ++t) {
+          const long long from = first + t * u.steps + step;
+          copy_bulk(ring.codes(t), p.u_codes + from * STEP_BYTES, steps * STEP_BYTES, ring.full(), again);
+          copy_bulk(ring.meta(t), p.u_scales + from * scale_bytes, steps * scale_bytes, ring.full(), again);
+        }
       }
-      ring.next();
+      __syncwarp();
     }
   }
 }
@@ -59,7 +63,7 @@ __device__ __forceinline__ void prefetch_next(const Params& p, int number, int i
 
 // Rows without a token are left as they are: the columns of a product do not mix, and those are not written.
 __device__ __forceinline__ void produce_tokens(const Params& p) {
-  constexpr int ROWS = TOKEN_THREADS / 8, TURNS = (WIDTH + ROWS - 1) / ROWS, BATCH = 4;  // 8 threads a row
+  constexpr int ROWS = TOKEN_THREADS / 8, ROUNDS = (WIDTH + ROWS - 1) / ROWS, BATCH = 4;  // 8 threads a row
   const int thread = threadIdx.x - WARP, chunk = thread % 8, row = thread / 8;
   wait_for_primary();
   launch_dependents();
@@ -86,7 +90,7 @@ __device__ __forceinline__ void produce_tokens(const Params& p) {
       const u32 even = ring.x() + row * 128 + (chunk ^ row % 8) * 16;  // of this thread's rows, 12 apart: the swizzle
       const u32 odd = ring.x() + row * 128 + (chunk ^ (row + ROWS) % 8) * 16;  // has two values
 #pragma unroll
-      for (int first = 0; first < TURNS; first += BATCH) {
+      for (int first = 0; first < ROUNDS; first += BATCH) {
         if (left <= first * ROWS) break;
         u32 at[BATCH];
 #pragma unroll
