@@ -12,14 +12,14 @@ from milo.kernels.launching import CHOICE_DTYPES, Workspace, address, matrices, 
 from milo.kernels.layout import TILE, PackedMatrix
 from milo.kernels.packed_reference import ACTIVATIONS
 from milo.kernels.parameters import Matrix, Routing
-from milo.kernels.prefill_config import ROW_TILES, SLACK, Config, choose, choose_for_linear
+from milo.kernels.prefill_config import MAX_V_SPLITS, ROW_TILES, SLACK, THREADS, Config, Load, choose
 
 MIN_MEAN_TOKENS = 24  # an expert, from which on these kernels are faster than decode's
 _MAX_TOKENS = 4096  # of one set of launches; more are done in turns, which bounds the workspace
 _MAX_PAIRS = 32768
 _SORT_THREADS, _COMBINE_THREADS = 1024, 256
-_MAX_V_SPLITS = 16
-_MIN_V_TILES = 8  # tiles along K of a part of V x
+_V_TILES = 2  # row tiles of V in one of its units
+_MIN_V_STAGES = 8  # tiles along K of a part of V x
 _RECORD_BYTES = 64
 
 
@@ -76,7 +76,6 @@ class _Kernels:
         self.multiply = module.kernel("multiply", config.ring(bits, halves)[1] + SLACK)
         self.prepare = module.kernel("prepare", _sort_bytes(_MAX_PAIRS))
         self.combine = module.kernel("combine", 0)
-        self.processors = _processors(torch.device("cuda", device))
 
 
 @cache
@@ -101,11 +100,7 @@ def linear(
     with torch.cuda.device(x.device):  # a model may lie on several
         for first in range(0, x.shape[0], _MAX_TOKENS):
             rows = slice(first, first + _MAX_TOKENS)
-            turn = x[rows]
-            chosen = config or choose_for_linear(
-                turn.shape[0], weight.codes.shape[1], _processors(x.device), weight.halves
-            )
-            _Call(turn, out[rows], None, None, None, weight, 0, chosen).linear(weight, bias)
+            _Call(x[rows], out[rows], None, None, None, (weight,), 0, config).linear(weight, bias)
     return out
 
 
@@ -126,7 +121,9 @@ def moe_ffn(
     with torch.cuda.device(x.device):
         for first in range(0, x.shape[0], turn):
             rows = slice(first, first + turn)
-            call = _Call(x[rows], out[rows], topk_ids[rows], topk_weights[rows], expert_map, gate_up, kind, config)
+            call = _Call(
+                x[rows], out[rows], topk_ids[rows], topk_weights[rows], expert_map, (gate_up, down), kind, config
+            )
             call.moe_ffn(gate_up, down)
     return out
 
@@ -141,25 +138,27 @@ class _Call:
         ids: torch.Tensor | None,
         weights: torch.Tensor | None,
         expert_map: torch.Tensor | None,
-        first: PackedMatrix,
+        matrices: tuple[PackedMatrix, ...],
         activation: int,
         config: Config | None,
     ) -> None:
         self.x, self.out, self.ids, self.weights, self.activation = x, out, ids, weights, activation
-        self.tokens, self.experts = x.shape[0], first.codes.shape[0]
+        self.tokens, self.experts = x.shape[0], matrices[0].codes.shape[0]
         self.topk = 1 if ids is None else ids.shape[1]
         self.pairs = self.tokens * self.topk
         self.routing = routing(ids, expert_map, self.pairs, self.experts)
         everywhere = self.experts if expert_map is None else expert_map.shape[0]
-        self.config = config or choose(self.tokens, self.topk, everywhere, first.halves)
+        loads = tuple(Load(m.codes.shape[1], m.codes.shape[2]) for m in matrices)
+        processors = _processors(x.device)
+        self.config = config or choose(self.tokens, self.topk, everywhere, self.experts, loads, processors)
         self.width = self.config.width
-        self.kernels = self._of(first)
+        self.kernels = self._of(matrices[0])
 
     def moe_ffn(self, gate_up: PackedMatrix, down: PackedMatrix) -> None:
         assert self.ids is not None
         assert self.weights is not None
         both = (gate_up, down)
-        counters = [self._items * (_v_groups(m) + 1) for m in both]
+        counters = [self._counters(m) for m in both]
         work = self._workspace(both, hidden=self.pairs * down.codes.shape[2] * TILE * 2,
                                partial=self.pairs * down.out_features * 2)  # fmt: skip
         self._prepare(gate_up, work, sum(counters), down)
@@ -180,7 +179,7 @@ class _Call:
 
     def linear(self, weight: PackedMatrix, bias: torch.Tensor | None) -> None:
         work = self._workspace((weight,))
-        self._prepare(weight, work, self._items * (_v_groups(weight) + 1))
+        self._prepare(weight, work, self._counters(weight))
         product = self._product(weight, work, work["counters"])
         product.x, product.out, product.pitch_out = work["operand"], self.out.data_ptr(), weight.out_features
         product.order, product.bias = None, address(bias)
@@ -193,6 +192,10 @@ class _Call:
             return -(-self.tokens // self.width)
         return min(self.pairs, self.experts) + self.pairs // self.width
 
+    def _counters(self, weight: PackedMatrix) -> int:
+        """Those of V: an item's, and two for each group of V's row tiles."""
+        return self._items * (2 * _v_groups(weight) + 1)
+
     def _workspace(self, weights: tuple[PackedMatrix, ...], **more: int) -> Workspace:
         t_stride = max(TILE * m.v_row_tiles for m in weights)
         splits = max(self._v_splits(m) for m in weights)
@@ -203,8 +206,8 @@ class _Call:
             item_count=4,
             order=self.pairs * 4,
             weights=self.pairs * 4,
-            counters=sum(self._items * (_v_groups(m) + 1) for m in weights) * 4,
-            t_partial=splits * 2 * self.pairs * t_stride * 4,
+            counters=sum(map(self._counters, weights)) * 4,
+            t_partial=splits * self.pairs * t_stride * 4,
             t=self.pairs * t_stride * 2,
             **more,
         )
@@ -224,7 +227,7 @@ class _Call:
             params.choice_weights = self.weights.data_ptr()
             params.choice_weight_type = CHOICE_DTYPES.index(self.weights.dtype)
         sorting, shared = (1, 0) if self.ids is None else (self.experts, _sort_bytes(self.pairs))
-        blocks = min(2 * self.kernels.processors, sorting + -(-self.tokens * k_tiles * 8 // _SORT_THREADS))
+        blocks = min(2 * _processors(self.x.device), sorting + -(-self.tokens * k_tiles * 8 // _SORT_THREADS))
         self.kernels.prepare(blocks, _SORT_THREADS, params, shared_bytes=shared)
 
     def _product(self, weight: PackedMatrix, work: Workspace, counters: int) -> Product:
@@ -243,7 +246,7 @@ class _Call:
     def _multiply(self, weight: PackedMatrix, product: Product) -> None:
         kernels = self._of(weight)
         units = self._items * (product.groups + product.v_groups * product.v_splits)
-        kernels.multiply(min(units, kernels.processors), self.config.threads, product, early=True)
+        kernels.multiply(min(units, _processors(self.x.device)), THREADS, product, early=True)
 
     def _v_splits(self, weight: PackedMatrix) -> int:
         """Parts of K in which `V x` is computed: enough units for all processors, but not too short ones."""
@@ -254,8 +257,8 @@ class _Call:
             items = self._items
         else:
             items = min(self.pairs, self.experts) * -(-self.pairs // (self.experts * self.width))
-        parts = min(self.kernels.processors // (items * groups), weight.codes.shape[2] // _MIN_V_TILES)
-        return max(1, min(_MAX_V_SPLITS, parts))
+        parts = min(_processors(self.x.device) // (items * groups), weight.codes.shape[2] // _MIN_V_STAGES)
+        return max(1, min(MAX_V_SPLITS, parts))
 
     def _of(self, weight: PackedMatrix) -> _Kernels:
         b16 = self.x.dtype == torch.bfloat16
@@ -263,4 +266,4 @@ class _Call:
 
 
 def _v_groups(weight: PackedMatrix) -> int:
-    return -(-weight.v_row_tiles // ROW_TILES)
+    return -(-weight.v_row_tiles // _V_TILES)

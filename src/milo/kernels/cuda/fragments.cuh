@@ -7,23 +7,44 @@
 #pragma once
 #include "prefill.cuh"
 
-struct Words {
-  u32 codes[2][BITS];      // block
-  uint2 meta[2][HALVES];   // (scale, zero) of rows g and g + 8
+// Four words as a lane's 16 bytes hold them, and the lane's scales and zeros, on their way from shared memory.
+struct Loading {
+  uint4 codes[BITS];
+  uint2 meta[2][HALVES];  // block; (scale, zero) of rows g and g + 8
 
   __device__ __forceinline__ void load(const Ring& ring, int tile, int odd, int lane) {
 #pragma unroll
-    for (int j = 0; j < BITS; ++j) {
-      const uint4 all = load_shared(ring.codes(tile) + j * 512 + lane * 16);
-      codes[0][j] = odd ? all.y : all.x;
-      codes[1][j] = odd ? all.w : all.z;
-    }
+    for (int j = 0; j < BITS; ++j) codes[j] = load_shared(ring.codes(tile) + j * 512 + lane * 16);
     const u32 at = ring.meta(tile) + lane / 4 * 32 + odd * 8;
 #pragma unroll
     for (int h = 0; h < HALVES; ++h) {
       meta[0][h] = load_shared_pair(at + h * 256);
       meta[1][h] = load_shared_pair(at + h * 256 + 16);
     }
+  }
+};
+
+// The words of one block.
+struct Words {
+  u32 codes[BITS];
+  uint2 meta[HALVES];
+
+  template <int BLOCK>
+  __device__ __forceinline__ void take(const Loading& from, int odd) {
+#pragma unroll
+    for (int j = 0; j < BITS; ++j) {
+      const uint4& all = from.codes[j];
+      codes[j] = BLOCK ? (odd ? all.w : all.z) : (odd ? all.y : all.x);
+    }
+#pragma unroll
+    for (int h = 0; h < HALVES; ++h) meta[h] = from.meta[BLOCK][h];
+  }
+  // Word `word` of a tile, whose 16 rows are the warp's; in this way all four warps of a warpgroup have the whole tile.
+  __device__ __forceinline__ void load(const Ring& ring, int tile, int word, int lane) {
+#pragma unroll
+    for (int j = 0; j < BITS; ++j) codes[j] = load_shared_word(ring.codes(tile) + j * 512 + lane * 16 + word * 4);
+#pragma unroll
+    for (int h = 0; h < HALVES; ++h) meta[h] = load_shared_pair(ring.meta(tile) + h * 256 + lane / 4 * 32 + word * 8);
   }
 };
 

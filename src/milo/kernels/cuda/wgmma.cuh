@@ -77,25 +77,15 @@ __device__ __forceinline__ void products_wait() {
 // `add` = 0 starts the sum anew. d may be longer than WIDTH / 2.
 template <bool B16, int WIDTH>
 __device__ __forceinline__ void product(float* d, const u32* a, u64 b, u32 add) {
-  MILO_CASE(8, 4, 5, 6, 7, 8, 9)
-  MILO_CASE(16, 8, 9, 10, 11, 12, 13)
-  MILO_CASE(24, 12, 13, 14, 15, 16, 17)
-  MILO_CASE(32, 16, 17, 18, 19, 20, 21)
-  MILO_CASE(40, 20, 21, 22, 23, 24, 25)
   MILO_CASE(48, 24, 25, 26, 27, 28, 29)
   MILO_CASE(56, 28, 29, 30, 31, 32, 33)
   MILO_CASE(64, 32, 33, 34, 35, 36, 37)
   MILO_CASE(72, 36, 37, 38, 39, 40, 41)
   MILO_CASE(80, 40, 41, 42, 43, 44, 45)
-  MILO_CASE(88, 44, 45, 46, 47, 48, 49)
   MILO_CASE(96, 48, 49, 50, 51, 52, 53)
-  MILO_CASE(104, 52, 53, 54, 55, 56, 57)
   MILO_CASE(112, 56, 57, 58, 59, 60, 61)
-  MILO_CASE(120, 60, 61, 62, 63, 64, 65)
   MILO_CASE(128, 64, 65, 66, 67, 68, 69)
-  MILO_CASE(136, 68, 69, 70, 71, 72, 73)
   MILO_CASE(144, 72, 73, 74, 75, 76, 77)
-  MILO_CASE(152, 76, 77, 78, 79, 80, 81)
   MILO_CASE(160, 80, 81, 82, 83, 84, 85)
 }
 // clang-format on
