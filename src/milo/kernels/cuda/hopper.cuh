@@ -30,6 +30,7 @@ __device__ __forceinline__ void barrier_wait(u32 barrier, u32 parity) {
       "@!done bra again;\n}" ::"r"(barrier), "r"(parity)
       : "memory");
 }
+// Without waiting, and the same for all lanes.
 __device__ __forceinline__ bool barrier_passed(u32 barrier, u32 parity) {
   u32 done;
   asm volatile(
@@ -39,7 +40,7 @@ __device__ __forceinline__ bool barrier_passed(u32 barrier, u32 parity) {
       : "=r"(done)
       : "r"(barrier), "r"(parity)
       : "memory");
-  return done;
+  return __ballot_sync(~0u, done);
 }
 
 __device__ __forceinline__ void copy_row(u32 to, const void* from) {

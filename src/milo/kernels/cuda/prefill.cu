@@ -22,16 +22,16 @@
 // d += A * B over 16 numbers along k, for all N columns: the width is part of the instruction, and choosing it here would
 // cost more than columns without a token do. A group of its own.
 template <int N>
-__device__ __forceinline__ void multiply_step(float* d, const u32 (&a)[4], u64 b) {
+__device__ __forceinline__ void multiply_step(float* d, const u32 (&a)[4], u32 b) {
   products_begin();
-  product<B16, N>(d, a, b, 1);
+  product<B16, N>(d, a, b);
   products_commit();
 }
 
 // A step of a block. A warp that asks for more products than the tensor core has begun waits there, so it decodes in
 // between. Of the products before, at most three run on: the registers of this step are free.
 template <int N, int STEP>
-__device__ __forceinline__ void decode_and_multiply(const Scaling& scaling, Words& words, u32 (&a)[4][4], u64 x,
+__device__ __forceinline__ void decode_and_multiply(const Scaling& scaling, Words& words, u32 (&a)[4][4], u32 x,
                                                     float* sums) {
   products_wait<3>();
   scaling.step<STEP>(words.codes, a[STEP]);
@@ -61,7 +61,7 @@ __device__ __forceinline__ void multiply_weights(const Unit& u, const Group& at,
     Words words[2];
     words[0].take<0>(next, at.odd());
     words[1].take<1>(next, at.odd());
-    const u64 x = operand(ring.x());
+    const u32 x = operand(ring.x());
     const u32 empty = ring.empty();
     {
       const Scaling scaling(words[0].meta);
@@ -90,13 +90,13 @@ __device__ __forceinline__ void multiply_weights(const Unit& u, const Group& at,
 // + U t.
 __device__ __forceinline__ void add_compensator(const Params& p, const Unit& u, const Group& at, Ring ring, Sums& sums) {
   ring.skip(u.k_tiles);
-  const u64 second = p.parts == 2 ? 2 * NEXT_16 : 0;  // from t of the first part to t of the other
+  const u32 second = p.parts == 2 ? 2 * NEXT_16 : 0;  // from t of the first part to t of the other
   const int each = steps_a_stage(p), stages = u_stages(p, u);
 #pragma unroll 1
   for (int stage = 0; stage < stages; ++stage, ring.next()) {
     ring.wait_full();
     const int steps = min(each, u.steps - stage * each);
-    u64 t = operand(ring.x());
+    u32 t = operand(ring.x());
 #pragma unroll 1
     for (int s = 0; s < steps; s += 2, t += 2 * NEXT_16) {
       u32 f[2][2][4];
@@ -118,11 +118,11 @@ __device__ __forceinline__ void add_compensator(const Params& p, const Unit& u, 
 __device__ __forceinline__ void multiply_v(const Unit& u, const Group& at, Ring ring, HalfSums& sums) {
   clear(sums);
   u32 a[4][4];
-  const u64 half = at.half * (WIDTH / 2 * 128 / 16);
+  const u32 half = at.half * (WIDTH / 2 * 128 / 16);
 #pragma unroll 1
   for (int left = u.k_tiles; left > 0; --left, ring.next()) {
     ring.wait_full();
-    const u64 x = operand(ring.x()) + half;
+    const u32 x = operand(ring.x()) + half;
 #pragma unroll
     for (int b = 0; b < V_TILES; ++b) {
       if (b < u.tiles) {
@@ -141,7 +141,7 @@ __device__ __forceinline__ void multiply_v(const Unit& u, const Group& at, Ring 
 }
 
 __device__ __forceinline__ void consume(const Params& p) {
-  Ring ring(shared_address(shared_memory()));
+  Ring ring(uniform(shared_address(shared_memory())));
   wait_for_primary();
   const int items = uniform(*p.item_count);
   for (int number = blockIdx.x;; number += gridDim.x) {

@@ -7,7 +7,7 @@ __device__ __forceinline__ void produce_weights(const Params& p) {
   const u64 once = evict_first(), again = evict_normal();
   if (!p.early) wait_for_primary();
   const int items = uniform(*p.item_count);
-  Ring ring(shared_address(shared_memory()));
+  Ring ring(uniform(shared_address(shared_memory())));
   for (int number = blockIdx.x;; number += gridDim.x) {
     const Unit u(p, number, items);
     if (u.past) break;
@@ -98,7 +98,7 @@ __device__ __forceinline__ void produce_tokens(const Params& p) {
   launch_dependents();
   const int items = uniform(*p.item_count);
   if (items) prefetch(Unit::near(p, blockIdx.x + gridDim.x, items));
-  Ring ring(shared_address(shared_memory()));
+  Ring ring(uniform(shared_address(shared_memory())));
   Landing landing(ring.base);
   const u32 rows = ring.base + ROWS_AT, from = rows + row * 4;
   for (int number = blockIdx.x;; number += gridDim.x) {
@@ -138,7 +138,8 @@ __device__ __forceinline__ void produce_tokens(const Params& p) {
     if (!stages) continue;
     landing.tell<0>();  // what follows may take long
     // t is read past L1, which an acquiring load would empty of what was prefetched.
-    while (load_relaxed(p.v_done + u.item) < 2 * u.v_groups) __nanosleep(64);
+    const int wanted = u.v_groups * (u.count > WIDTH / 2 ? 2 : 1);
+    while (load_relaxed(p.v_done + u.item) < wanted) __nanosleep(64);
     __syncwarp();
     const int part = p.parts == 2 ? chunk / 4 : 0, ranks = u.steps * 16, each = steps_a_stage(p) * 16;
 #pragma unroll 1
