@@ -49,7 +49,13 @@ __device__ __forceinline__ void clear(float (&sums)[2][N]) {
 
 // W x. The words of a stage are on their way from shared memory while the last products of the one before are decoded
 // for; otherwise the tensor core would be idle from one stage to the next.
+//
+// The second warpgroup starts LAG stages behind the first, so that one writes its results while the other multiplies.
 __device__ __forceinline__ void multiply_weights(const Unit& u, const Group& at, Ring ring, Sums& sums) {
+  constexpr int LAG = MILO_LAG;
+  const bool lags = LAG && u.tiles > ROW_TILES / 2 && u.k_tiles >= 2 * STAGES;  // else the first could meet itself
+  const int tell = lags && at.half == 0 ? u.k_tiles - LAG : -1;
+  if (lags && at.half == 1) named_barrier(3, 2 * GROUP_THREADS);
   clear(sums);
   u32 a[4][4];
   u32 done = 0;  // the barrier of the stage before, to arrive at once its products are done
@@ -76,6 +82,7 @@ __device__ __forceinline__ void multiply_weights(const Unit& u, const Group& at,
     done = empty;
     decode_and_multiply<WIDTH, 1>(scaling, words[1], a, x, sums[1]);
     ring.next();
+    if (left == tell) named_arrive(3, 2 * GROUP_THREADS);
     if (left > 1) {
       ring.wait_full();
       next.load(ring, at.tile(), at.odd(), at.lane);
