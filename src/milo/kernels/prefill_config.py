@@ -43,15 +43,16 @@ class Config:
         stages, shared = self.ring(bits, halves)
         return {
             "MILO_BF16": int(b16), "MILO_BITS": bits, "MILO_HALVES": halves, "MILO_ACTIVATION": activation,
-            "MILO_WIDTH": self.width, "MILO_STAGES": stages, "MILO_SHARED": shared, "MILO_V_SPLITS": MAX_V_SPLITS, "MILO_LAG": _LAG,
+            "MILO_WIDTH": self.width, "MILO_STAGES": stages, "MILO_SHARED": shared,
+            "MILO_LAG": _LAG, "MILO_V_SPLITS": MAX_V_SPLITS,
             "MILO_PRODUCER_REGISTERS": _PRODUCER_REGISTERS, "MILO_CONSUMER_REGISTERS": _CONSUMER_REGISTERS,
         }  # fmt: skip
 
 
 CONFIGS = tuple(Config(width) for width in (96, 112, 128, 144, 160))
 _SIXTHS = (-1.38, -0.67, -0.21, 0.21, 0.67, 1.38)  # medians of the sixths of a normal distribution
-# Clocks of a stage, those of each of its columns, and those of a unit's start and end a column: fitted to 18 times of the
-# kernels' first version at 1.7 GHz (docs/log.md, 2026-11-25 · prefill, second version).
+# Clocks of a stage, those of each of its columns, and those of a unit's start and end a column: fitted to 18 times of
+# the kernels' first version at 1.7 GHz (docs/log.md, 2026-11-25 · prefill, second version).
 _STAGE, _COLUMN, _UNIT = 660.0, 6.1, 88.0
 
 
