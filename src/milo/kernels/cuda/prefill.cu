@@ -50,10 +50,11 @@ __device__ __forceinline__ void clear(float (&sums)[2][N]) {
 // W x. The words of a stage are on their way from shared memory while the last products of the one before are decoded
 // for; otherwise the tensor core would be idle from one stage to the next.
 //
-// The second warpgroup starts LAG stages behind the first, so that one writes its results while the other multiplies.
+// The second warpgroup starts LAG stages behind the first, so that one writes its results while the other multiplies. The
+// first cannot tell of its next unit before the second has begun this one: the ring has fewer stages than a unit.
 __device__ __forceinline__ void multiply_weights(const Unit& u, const Group& at, Ring ring, Sums& sums) {
   constexpr int LAG = MILO_LAG;
-  const bool lags = LAG && u.tiles > ROW_TILES / 2 && u.k_tiles >= 2 * STAGES;  // else the first could meet itself
+  const bool lags = LAG && u.tiles > ROW_TILES / 2 && u.k_tiles >= STAGES;
   const int tell = lags && at.half == 0 ? u.k_tiles - LAG : -1;
   if (lags && at.half == 1) named_barrier(3, 2 * GROUP_THREADS);
   clear(sums);
