@@ -81,7 +81,7 @@ struct Ring {
   int slot = 0;
   u32 phase = 0;
 
-  __device__ __forceinline__ explicit Ring(u32 shared) : base(shared) {}
+  __device__ __forceinline__ explicit Ring(u32 memory) : base(memory) {}
   __device__ __forceinline__ u32 full() const { return base + BARRIERS_AT + slot * 8; }
   __device__ __forceinline__ u32 empty() const { return full() + STAGES * 8; }
   __device__ __forceinline__ u32 x() const { return base + slot * X_BYTES; }

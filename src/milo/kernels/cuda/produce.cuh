@@ -68,7 +68,7 @@ struct Landing {
   Ring ring;
   int pending = 0;
 
-  __device__ __forceinline__ explicit Landing(u32 shared) : ring(shared) {}
+  __device__ __forceinline__ explicit Landing(u32 memory) : ring(memory) {}
   template <int LEFT>
   __device__ __forceinline__ void tell() {
     copy_wait<LEFT>();

@@ -10,7 +10,7 @@ struct Group {  // this thread's place among the consumers
   int half, warp, lane;
   u32 base;
 
-  __device__ __forceinline__ explicit Group(u32 shared) : base(shared) {
+  __device__ __forceinline__ explicit Group(u32 memory) : base(memory) {
     int thread = threadIdx.x - GROUP_THREADS;
     asm volatile("" : "+r"(thread));  // nothing that follows from it is to be kept over a unit's products
     const int number = uniform(thread / WARP);
