@@ -43,7 +43,7 @@ inline void land_one() {
 struct Named { int arrived = 0; long generation = 0; };
 inline std::map<std::pair<Block*, int>, Named> named;
 
-struct Product { u32 a[4]; float* d; u32 b; int columns; };
+struct Product { const u32* a; float* d; u32 b; int columns; };  // a is read late: the registers must still be there
 inline std::map<Fiber*, std::deque<std::vector<Product>>> products;
 
 template <bool B16>
@@ -53,11 +53,10 @@ float number(u16 h) {
 // This lane's part of D += A * B: rows lane / 4 and 8 more, of columns 8 * j two.
 template <bool B16>
 void multiply(const Product& mine) {
-  const Product* all = exchange(mine);
-  Product lanes[32];
-  std::copy(all, all + 32, lanes);
-  for (const Product& other : lanes) {
-    if (other.b != mine.b) fail("lanes disagree about an operand");
+  struct Lane { u32 a[4], b; };
+  const Lane* lanes = exchange(Lane{{mine.a[0], mine.a[1], mine.a[2], mine.a[3]}, mine.b});
+  for (int i = 0; i < 32; ++i) {
+    if (lanes[i].b != mine.b) fail("lanes disagree about an operand");
   }
   const int lane = now->thread.x % 32;
   const u32 start = (mine.b & 0x3fff) << 4;
@@ -187,5 +186,5 @@ template <bool B16, int WIDTH>
 void product(float* d, const u32* a, u32 b) {
   auto& groups = emulator::products[emulator::now];
   if (groups.empty()) groups.emplace_back();
-  groups.back().push_back({{a[0], a[1], a[2], a[3]}, d, b, WIDTH});
+  groups.back().push_back({a, d, b, WIDTH});
 }
