@@ -1,14 +1,16 @@
-"""The kernels for many tokens an expert, called directly, against float64; helpers and bounds: tests/operators.py."""
+"""The kernels for many tokens an expert, called directly, against float64; helpers and bounds are `operators`'s."""
 
 from __future__ import annotations
 
 import pytest
 import torch
+from test_ops import COMPACT
 
 from milo import ops
 from milo.format.matrix import Encoding
 from milo.kernels import prefill
-from operators import COMPACT, DTYPES, RANKS, Block, check, experts_of, route
+from milo.kernels.prefill_config import CONFIGS, Config
+from operators import DTYPES, RANKS, Block, check, experts_of, route
 
 pytestmark = [
     pytest.mark.gpu,
@@ -40,6 +42,25 @@ def test_moe_tokens(block: Block, dtype: torch.dtype, tokens: int) -> None:
     x = torch.randn(tokens, 256, device="cuda", dtype=dtype)
     ids, weights = route(tokens, 8, 2, tokens)
     check(ffn(block, x, ids, weights), block.expected(x, ids, weights))
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda c: str(c.width))
+@pytest.mark.parametrize("tokens", [9, 500])
+def test_moe_configurations(block: Block, config: Config, tokens: int) -> None:
+    """Every configuration takes any number of tokens an expert."""
+    x = torch.randn(tokens, 256, device="cuda", dtype=torch.bfloat16)
+    ids, weights = route(tokens, 8, 2, tokens)
+    y = prefill.moe_ffn(x, block.gate_up, block.down, ids, weights, "silu", None, config)
+    check(y, block.expected(x, ids, weights))
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda c: str(c.width))
+def test_linear_configurations(config: Config) -> None:
+    shape, encoding = (416, 1120), Encoding()
+    (matrix,), (weight,) = experts_of(shape, [33], encoding, 5)
+    packed = ops.repack([[{n: t.cuda() for n, t in matrix.items()}]], encoding, shape)
+    x = torch.randn(170, shape[1], device="cuda", dtype=torch.float16)
+    check(prefill.linear(x, packed, None, config), x.double().cpu() @ weight.T)
 
 
 @pytest.mark.parametrize("bits", [3, 4])

@@ -8,7 +8,7 @@ import torch
 from matrices import random_matrix
 from milo import ops
 from milo.format.matrix import Encoding
-from milo.kernels import cutting, decode, prefill, reference
+from milo.kernels import cutting, decode, prefill, prefill_config, reference
 
 ENCODING = Encoding()
 
@@ -92,9 +92,33 @@ def test_prefill_is_for_many_tokens_an_expert() -> None:
 @pytest.mark.parametrize("bits", [3, 4])
 @pytest.mark.parametrize("halves", [1, 2])
 def test_the_ring_of_prefill_fits_into_a_block(bits: int, halves: int) -> None:
-    stages, nbytes = prefill.ring(bits, halves)
-    assert stages >= 4
-    assert nbytes <= 227 << 10
+    for config in prefill_config.CONFIGS:
+        stages, nbytes = config.ring(bits, halves)
+        assert stages >= 5  # two of them between the warpgroups
+        assert nbytes <= 226 << 10
+
+
+@pytest.mark.parametrize(
+    ("tokens", "topk", "experts", "rows", "columns", "width"),
+    [
+        (512, 2, 8, 14336, 4096, 160), (2048, 2, 8, 14336, 4096, 144),
+        (1024, 6, 64, 1408, 2048, 112), (2048, 6, 64, 1408, 2048, 112), (2048, 8, 128, 768, 2048, 160),
+    ],
+)  # fmt: skip
+def test_prefill_takes_the_width_that_was_the_fastest(
+    tokens: int, topk: int, experts: int, rows: int, columns: int, width: int
+) -> None:
+    """Of those measured at these shapes on an H100 (docs/log.md, prefill, second version)."""
+    loads = (prefill.Load(2 * rows // 64, columns // 64), prefill.Load(columns // 64, rows // 64))
+    assert prefill.choose(tokens, topk, experts, experts, loads, 132).width == width
+
+
+def test_prefill_of_a_plain_matrix_fills_the_processors() -> None:
+    one = prefill.Load(64, 64)
+    assert prefill.choose(96, 1, 1, 1, (one,), 132).width == 96
+    few, many = (prefill.choose(tokens, 1, 1, 1, (one,), 132).width for tokens in (768, 4096))
+    assert few == 96  # 8 items of 16 units each: one wave
+    assert many >= 128
 
 
 @pytest.mark.parametrize("bits", [3, 4])

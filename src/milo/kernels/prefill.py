@@ -12,20 +12,14 @@ from milo.kernels.launching import CHOICE_DTYPES, Workspace, address, matrices, 
 from milo.kernels.layout import TILE, PackedMatrix
 from milo.kernels.packed_reference import ACTIVATIONS
 from milo.kernels.parameters import Matrix, Routing
+from milo.kernels.prefill_config import MAX_V_SPLITS, ROW_TILES, SLACK, THREADS, Config, Load, choose
 
 MIN_MEAN_TOKENS = 24  # an expert, from which on these kernels are faster than decode's
-WIDTH = 160  # the most tokens of a work item; sums of more would not fit the registers
-_WIDTH_STEP = 8
-_MAX_STAGES = 8
 _MAX_TOKENS = 4096  # of one set of launches; more are done in turns, which bounds the workspace
 _MAX_PAIRS = 32768
-_SHARED = 227 << 10  # bytes of shared memory that a block can have
-_SLACK = 1024  # the kernels put their shared memory on a boundary of that
-_ROW_TILES = 4  # of a unit
-_THREADS, _SORT_THREADS, _COMBINE_THREADS = 384, 1024, 256
-_PRODUCER_REGISTERS, _CONSUMER_REGISTERS = 40, 232  # a thread: together the 168 that each of 384 starts with
-_MAX_V_SPLITS = 16
-_MIN_V_TILES = 8  # tiles along K of a part of V x
+_SORT_THREADS, _COMBINE_THREADS = 1024, 256
+_V_TILES = 2  # row tiles of V in one of its units
+_MIN_V_STAGES = 8  # tiles along K of a part of V x
 _RECORD_BYTES = 64
 
 
@@ -76,49 +70,37 @@ class Combination(ctypes.Structure):
     )  # fmt: skip
 
 
-def ring(bits: int, halves: int) -> tuple[int, int]:
-    """Stages of the ring in shared memory, as many as fit, and the bytes that a block takes."""
-    stage = WIDTH * 128 + _ROW_TILES * (bits * 512 + halves * 256) + 16
-    rest = 2 * WIDTH * (128 + 8) + 4 * WIDTH + 192 + 16
-    stages = min(_MAX_STAGES, (_SHARED - _SLACK - rest) // stage)
-    return stages, stages * stage + rest
-
-
-def macros(bits: int, halves: int, b16: bool, activation: int) -> dict[str, int]:
-    """What a module is compiled with."""
-    stages, shared = ring(bits, halves)
-    return {
-        "MILO_BF16": int(b16), "MILO_BITS": bits, "MILO_HALVES": halves, "MILO_ACTIVATION": activation,
-        "MILO_WIDTH": WIDTH, "MILO_WIDTH_STEP": _WIDTH_STEP, "MILO_STAGES": stages, "MILO_SHARED": shared,
-        "MILO_PRODUCER_REGISTERS": _PRODUCER_REGISTERS, "MILO_CONSUMER_REGISTERS": _CONSUMER_REGISTERS,
-    }  # fmt: skip
-
-
 class _Kernels:
-    def __init__(self, bits: int, halves: int, b16: bool, activation: int, device: int) -> None:
-        module = nvrtc.Module("prefill.cu", macros(bits, halves, b16, activation), device, own=True)
-        self.multiply = module.kernel("multiply", ring(bits, halves)[1] + _SLACK)
-        self.prepare = module.kernel("prepare", _sort_bytes(decode.MAX_EXPERTS, _MAX_PAIRS))
+    def __init__(self, config: Config, bits: int, halves: int, b16: bool, activation: int, device: int) -> None:
+        module = nvrtc.Module("prefill.cu", config.macros(bits, halves, b16, activation), device, own=True)
+        self.multiply = module.kernel("multiply", config.ring(bits, halves)[1] + SLACK)
+        self.prepare = module.kernel("prepare", _sort_bytes(_MAX_PAIRS))
         self.combine = module.kernel("combine", 0)
-        self.processors = torch.cuda.get_device_properties(device).multi_processor_count
 
 
 @cache
-def _kernels(bits: int, halves: int, b16: bool, activation: int, device: int) -> _Kernels:
-    return _Kernels(bits, halves, b16, activation, device)
+def _processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def _sort_bytes(experts: int, pairs: int) -> int:
-    return _SLACK + 4 * (_SORT_THREADS + 2 * _SORT_THREADS // 32) + 2 * (_SORT_THREADS // 32 * experts + pairs)
+@cache
+def _kernels(config: Config, bits: int, halves: int, b16: bool, activation: int, device: int) -> _Kernels:
+    return _Kernels(config, bits, halves, b16, activation, device)
 
 
-def linear(x: torch.Tensor, weight: PackedMatrix, bias: torch.Tensor | None) -> torch.Tensor:
+def _sort_bytes(pairs: int) -> int:
+    return SLACK + 4 * (2 * _SORT_THREADS + 2 * _SORT_THREADS // 32) + 2 * pairs
+
+
+def linear(
+    x: torch.Tensor, weight: PackedMatrix, bias: torch.Tensor | None, config: Config | None = None
+) -> torch.Tensor:
     """`x · Ŵᵀ + bias`: `[T, K]` to `[T, N]`. Two launches for every 4096 tokens."""
     out = torch.empty(x.shape[0], weight.out_features, dtype=x.dtype, device=x.device)
     with torch.cuda.device(x.device):  # a model may lie on several
         for first in range(0, x.shape[0], _MAX_TOKENS):
             rows = slice(first, first + _MAX_TOKENS)
-            _Call(x[rows], out[rows], None, None, None, weight, 0).linear(weight, bias)
+            _Call(x[rows], out[rows], None, None, None, (weight,), 0, config).linear(weight, bias)
     return out
 
 
@@ -130,6 +112,7 @@ def moe_ffn(
     topk_weights: torch.Tensor,
     activation: str,
     expert_map: torch.Tensor | None,
+    config: Config | None = None,
 ) -> torch.Tensor:
     """The MoE FFN `[T, H]` to `[T, H]`: four launches for every 4096 tokens."""
     out = torch.empty(x.shape[0], down.out_features, dtype=x.dtype, device=x.device)
@@ -138,7 +121,9 @@ def moe_ffn(
     with torch.cuda.device(x.device):
         for first in range(0, x.shape[0], turn):
             rows = slice(first, first + turn)
-            call = _Call(x[rows], out[rows], topk_ids[rows], topk_weights[rows], expert_map, gate_up, kind)
+            call = _Call(
+                x[rows], out[rows], topk_ids[rows], topk_weights[rows], expert_map, (gate_up, down), kind, config
+            )
             call.moe_ffn(gate_up, down)
     return out
 
@@ -153,22 +138,27 @@ class _Call:
         ids: torch.Tensor | None,
         weights: torch.Tensor | None,
         expert_map: torch.Tensor | None,
-        first: PackedMatrix,
+        matrices: tuple[PackedMatrix, ...],
         activation: int,
+        config: Config | None,
     ) -> None:
         self.x, self.out, self.ids, self.weights, self.activation = x, out, ids, weights, activation
-        self.tokens, self.experts = x.shape[0], first.codes.shape[0]
+        self.tokens, self.experts = x.shape[0], matrices[0].codes.shape[0]
         self.topk = 1 if ids is None else ids.shape[1]
         self.pairs = self.tokens * self.topk
         self.routing = routing(ids, expert_map, self.pairs, self.experts)
-        self.width = WIDTH
-        self.kernels = self._of(first)
+        everywhere = self.experts if expert_map is None else expert_map.shape[0]
+        loads = tuple(Load(m.codes.shape[1], m.codes.shape[2]) for m in matrices)
+        processors = _processors(x.device)
+        self.config = config or choose(self.tokens, self.topk, everywhere, self.experts, loads, processors)
+        self.width = self.config.width
+        self.kernels = self._of(matrices[0])
 
     def moe_ffn(self, gate_up: PackedMatrix, down: PackedMatrix) -> None:
         assert self.ids is not None
         assert self.weights is not None
         both = (gate_up, down)
-        counters = [self._items * (_v_groups(m) + 1) for m in both]
+        counters = [self._counters(m) for m in both]
         work = self._workspace(both, hidden=self.pairs * down.codes.shape[2] * TILE * 2,
                                partial=self.pairs * down.out_features * 2)  # fmt: skip
         self._prepare(gate_up, work, sum(counters), down)
@@ -188,10 +178,8 @@ class _Call:
         self.kernels.combine(blocks, _COMBINE_THREADS, last, early=True)
 
     def linear(self, weight: PackedMatrix, bias: torch.Tensor | None) -> None:
-        groups = -(-weight.codes.shape[1] // _ROW_TILES)
-        self.width = _item_width(self.tokens, groups, self.kernels.processors)
         work = self._workspace((weight,))
-        self._prepare(weight, work, self._items * (_v_groups(weight) + 1))
+        self._prepare(weight, work, self._counters(weight))
         product = self._product(weight, work, work["counters"])
         product.x, product.out, product.pitch_out = work["operand"], self.out.data_ptr(), weight.out_features
         product.order, product.bias = None, address(bias)
@@ -204,6 +192,10 @@ class _Call:
             return -(-self.tokens // self.width)
         return min(self.pairs, self.experts) + self.pairs // self.width
 
+    def _counters(self, weight: PackedMatrix) -> int:
+        """Those of V: an item's, and two for each group of V's row tiles."""
+        return self._items * (2 * _v_groups(weight) + 1)
+
     def _workspace(self, weights: tuple[PackedMatrix, ...], **more: int) -> Workspace:
         t_stride = max(TILE * m.v_row_tiles for m in weights)
         splits = max(self._v_splits(m) for m in weights)
@@ -214,7 +206,7 @@ class _Call:
             item_count=4,
             order=self.pairs * 4,
             weights=self.pairs * 4,
-            counters=sum(self._items * (_v_groups(m) + 1) for m in weights) * 4,
+            counters=sum(map(self._counters, weights)) * 4,
             t_partial=splits * self.pairs * t_stride * 4,
             t=self.pairs * t_stride * 2,
             **more,
@@ -234,8 +226,8 @@ class _Call:
         if self.weights is not None:
             params.choice_weights = self.weights.data_ptr()
             params.choice_weight_type = CHOICE_DTYPES.index(self.weights.dtype)
-        blocks = min(2 * self.kernels.processors, 1 + -(-self.tokens * k_tiles * 8 // _SORT_THREADS))
-        shared = _sort_bytes(self.experts, self.pairs) if self.ids is not None else 0
+        sorting, shared = (1, 0) if self.ids is None else (self.experts, _sort_bytes(self.pairs))
+        blocks = min(2 * _processors(self.x.device), sorting + -(-self.tokens * k_tiles * 8 // _SORT_THREADS))
         self.kernels.prepare(blocks, _SORT_THREADS, params, shared_bytes=shared)
 
     def _product(self, weight: PackedMatrix, work: Workspace, counters: int) -> Product:
@@ -246,7 +238,7 @@ class _Call:
             setattr(product, name, work[name])
         product.v_done, product.v_arrived = counters, counters + 4 * self._items
         product.pitch, product.parts, product.row_tiles = k_tiles * TILE, weight.parts, row_tiles
-        product.rows, product.groups = weight.out_features, -(-row_tiles // _ROW_TILES)
+        product.rows, product.groups = weight.out_features, -(-row_tiles // ROW_TILES)
         product.v_groups, product.v_splits = _v_groups(weight), self._v_splits(weight)
         product.t_stride, product.places = TILE * weight.v_row_tiles, self.pairs
         return product
@@ -254,7 +246,7 @@ class _Call:
     def _multiply(self, weight: PackedMatrix, product: Product) -> None:
         kernels = self._of(weight)
         units = self._items * (product.groups + product.v_groups * product.v_splits)
-        kernels.multiply(min(units, kernels.processors), _THREADS, product, early=True)
+        kernels.multiply(min(units, _processors(self.x.device)), THREADS, product, early=True)
 
     def _v_splits(self, weight: PackedMatrix) -> int:
         """Parts of K in which `V x` is computed: enough units for all processors, but not too short ones."""
@@ -265,26 +257,13 @@ class _Call:
             items = self._items
         else:
             items = min(self.pairs, self.experts) * -(-self.pairs // (self.experts * self.width))
-        parts = min(self.kernels.processors // (items * groups), weight.codes.shape[2] // _MIN_V_TILES)
-        return max(1, min(_MAX_V_SPLITS, parts))
+        parts = min(_processors(self.x.device) // (items * groups), weight.codes.shape[2] // _MIN_V_STAGES)
+        return max(1, min(MAX_V_SPLITS, parts))
 
     def _of(self, weight: PackedMatrix) -> _Kernels:
         b16 = self.x.dtype == torch.bfloat16
-        return _kernels(weight.bits, weight.halves, b16, self.activation, self.x.device.index)
+        return _kernels(self.config, weight.bits, weight.halves, b16, self.activation, self.x.device.index)
 
 
 def _v_groups(weight: PackedMatrix) -> int:
-    return -(-weight.v_row_tiles // _ROW_TILES)
-
-
-def _item_width(tokens: int, groups: int, processors: int) -> int:
-    """Tokens a work item of a plain linear: those that keep all processors busy for the shortest time.
-
-    A unit takes as long as its tokens, but at least about 40 (decoding is the limit then), and a start and an end.
-    """
-
-    def cost(width: int) -> tuple[int, int]:
-        units = -(-tokens // width) * groups
-        return -(-units // processors) * (max(width, 40) + 16), -width
-
-    return min(range(16, WIDTH + 1, 8), key=cost)
+    return -(-weight.v_row_tiles // _V_TILES)

@@ -7,17 +7,14 @@
 #pragma once
 #include "prefill.cuh"
 
-struct Words {
-  u32 codes[2][BITS];      // block
-  uint2 meta[2][HALVES];   // (scale, zero) of rows g and g + 8
+// Four words as a lane's 16 bytes hold them, and the lane's scales and zeros, on their way from shared memory.
+struct Loading {
+  uint4 codes[BITS];
+  uint2 meta[2][HALVES];  // block; (scale, zero) of rows g and g + 8
 
   __device__ __forceinline__ void load(const Ring& ring, int tile, int odd, int lane) {
 #pragma unroll
-    for (int j = 0; j < BITS; ++j) {
-      const uint4 all = load_shared(ring.codes(tile) + j * 512 + lane * 16);
-      codes[0][j] = odd ? all.y : all.x;
-      codes[1][j] = odd ? all.w : all.z;
-    }
+    for (int j = 0; j < BITS; ++j) codes[j] = load_shared(ring.codes(tile) + j * 512 + lane * 16);
     const u32 at = ring.meta(tile) + lane / 4 * 32 + odd * 8;
 #pragma unroll
     for (int h = 0; h < HALVES; ++h) {
@@ -27,12 +24,39 @@ struct Words {
   }
 };
 
-// A pair BASE + 2^P q as `codes.cuh` makes it, to q - OFFSET, exactly.
-template <int WIDTH_OF_CODE, int OFFSET>
-__device__ __forceinline__ u32 around(u32 pair) {
-  constexpr float unit = 1.0f / (1 << P<B16, WIDTH_OF_CODE>);
-  constexpr u32 units = pattern<B16>(unit), offset = pattern<B16>(-(BASE<B16> * unit + OFFSET));
-  return fma2<B16>(pair, units, offset);
+// The words of one block.
+struct Words {
+  u32 codes[BITS];
+  uint2 meta[HALVES];
+
+  template <int BLOCK>
+  __device__ __forceinline__ void take(const Loading& from, int odd) {
+#pragma unroll
+    for (int j = 0; j < BITS; ++j) {
+      const uint4& all = from.codes[j];
+      codes[j] = BLOCK ? (odd ? all.w : all.z) : (odd ? all.y : all.x);
+    }
+#pragma unroll
+    for (int h = 0; h < HALVES; ++h) meta[h] = from.meta[BLOCK][h];
+  }
+  // Word `word` of a tile, whose 16 rows are the warp's; in this way all four warps of a warpgroup have the whole tile.
+  __device__ __forceinline__ void load(const Ring& ring, int tile, int word, int lane) {
+#pragma unroll
+    for (int j = 0; j < BITS; ++j) codes[j] = load_shared_word(ring.codes(tile) + j * 512 + lane * 16 + word * 4);
+#pragma unroll
+    for (int h = 0; h < HALVES; ++h) meta[h] = load_shared_pair(ring.meta(tile) + h * 256 + lane / 4 * 32 + word * 8);
+  }
+};
+
+// The bit pattern of a small dyadic number, twice.
+__device__ constexpr u32 pattern(bool b16, float value) {
+  const u32 sign = value < 0 ? 1 : 0;
+  float m = value < 0 ? -value : value;
+  int e = 0;
+  while (m >= 2) { m *= 0.5f; ++e; }
+  while (m < 1) { m *= 2; --e; }
+  const u32 fraction = static_cast<u32>((m - 1) * (b16 ? 128 : 1024));
+  return twice((sign << 15) | (static_cast<u32>(e + (b16 ? 127 : 15)) << (b16 ? 7 : 10)) | fraction);
 }
 
 // Codes are taken around their middle: what is then left of the zero is small, and so is the error of rounding it.
@@ -46,43 +70,56 @@ __device__ __forceinline__ void scales_and_shifts(uint2 rows, u32 (&scale)[2], u
     z = pair_bf16(__uint_as_float(s << 16) * (MIDDLE - from_fp16(static_cast<u16>(z))),
                   __uint_as_float(s & 0xffff0000u) * (MIDDLE - from_fp16(static_cast<u16>(z >> 16))));
   } else {
-    constexpr u32 minus_one = pattern<false>(-1), middle = pattern<false>(MIDDLE);
-    z = mul2<false>(s, fma2<false>(z, minus_one, middle));
+    constexpr u32 minus_one = pattern(false, -1), middle = pattern(false, MIDDLE);
+    z = mul2<false>(s, multiply_add2<false>(z, minus_one, middle));
   }
   scale[0] = __byte_perm(s, s, 0x1010), scale[1] = __byte_perm(s, s, 0x3232);
   shift[0] = __byte_perm(z, z, 0x1010), shift[1] = __byte_perm(z, z, 0x3232);
 }
 
-// The weights of four k16 steps, rounded to 16 bits.
-__device__ __forceinline__ void weight_fragments(const u32 (&codes)[BITS], const uint2 (&meta)[HALVES], u32 (&a)[16]) {
-  decode<B16, BITS>(codes, a);
-#pragma unroll
-  for (int i = 0; i < 16; ++i) a[i] = around<BITS, MIDDLE>(a[i]);
-#pragma unroll
-  for (int h = 0; h < HALVES; ++h) {
-    u32 scale[2], shift[2];
-    scales_and_shifts(meta[h], scale, shift);
-#pragma unroll
-    for (int i = h * 8; i < (HALVES == 2 ? h * 8 + 8 : 16); ++i) a[i] = fma2<B16>(a[i], scale[i % 2], shift[i % 2]);
+// Pair I of a lane's words, minus the middle of its codes, exactly. See `codes.cuh` for where it stands. A multiply-add
+// follows anyway, so a code is read from any place in the mantissa: two or three of a word need no shift or share one.
+template <int BITS, int I>
+__device__ __forceinline__ u32 centred_pair(const u32 (&words)[BITS]) {
+  constexpr bool stray = BITS == 3 && I == 15;
+  constexpr int a_word = BITS == 3 ? 5 : 4, together = (B16 ? 7 : 10) / BITS;
+  constexpr int shift = I % a_word / together * together * BITS, at = stray ? 0 : BITS * (I % a_word) - shift;
+  u32 pair;
+  if constexpr (stray) {
+    pair = and_or(words[1] >> 14, 0x00020002u, ONE_BASE<B16>);
+    pair = and_or(words[2] >> 13, 0x00040004u, pair);
+    pair = and_or(words[0] >> 15, 0x00010001u, pair);
+  } else {
+    pair = and_or(words[I / a_word] >> shift, twice(((1u << BITS) - 1) << at), ONE_BASE<B16>);
   }
+  constexpr float unit = 1 << at;
+  constexpr u32 one = pattern(B16, 1 / unit), base = pattern(B16, -(BASE<B16> / unit + (1 << (BITS - 1))));
+  return multiply_add2<B16>(pair, one, base);
+}
+template <int BITS, int STEP>
+__device__ __forceinline__ void centred_pairs(const u32 (&words)[BITS], u32 (&a)[4]) {
+  a[0] = centred_pair<BITS, 4 * STEP>(words), a[1] = centred_pair<BITS, 4 * STEP + 1>(words);
+  a[2] = centred_pair<BITS, 4 * STEP + 2>(words), a[3] = centred_pair<BITS, 4 * STEP + 3>(words);
 }
 
-// Pair `i` of three words of 3-bit codes, minus 4.
-template <int I>
-__device__ __forceinline__ u32 factor_pair(const u32 (&words)[3]) {
-  if constexpr (I == 15) {
-    const u32 high = and_or(words[1] >> 14, 0x00020002u, (words[2] >> 13) & 0x00040004u);
-    const u32 stray = and_or(words[0] >> 15, 0x00010001u, high);
-    return around<3, 4>(extract<B16, 3, 0>(stray));
-  } else {
-    return around<3, 4>(extract<B16, 3, 3 * (I % 5)>(words[I / 5]));
+// The scales and shifts of a block, and one k16 step of its weights, rounded to 16 bits.
+struct Scaling {
+  u32 scale[HALVES][2], shift[HALVES][2];
+
+  __device__ __forceinline__ explicit Scaling(const uint2 (&meta)[HALVES]) {
+#pragma unroll
+    for (int h = 0; h < HALVES; ++h) scales_and_shifts(meta[h], scale[h], shift[h]);
   }
-}
-template <int WORD>
-__device__ __forceinline__ void factor_pairs(const u32 (&words)[3], u32 (&a)[4]) {
-  a[0] = factor_pair<4 * WORD>(words), a[1] = factor_pair<4 * WORD + 1>(words);
-  a[2] = factor_pair<4 * WORD + 2>(words), a[3] = factor_pair<4 * WORD + 3>(words);
-}
+  template <int STEP>
+  __device__ __forceinline__ void step(u32 (&words)[BITS], u32 (&a)[4]) const {
+#pragma unroll
+    for (int j = 0; j < BITS; ++j) asm volatile("" : "+r"(words[j]));  // not all steps at once: registers are short
+    centred_pairs<BITS, STEP>(words, a);
+    const int h = HALVES == 2 ? STEP / 2 : 0;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) a[i] = multiply_add2<B16>(a[i], scale[h][i % 2], shift[h][i % 2]);
+  }
+};
 
 // One step of U, 16 ranks, for both blocks. With two parts block b is part b, which has its own scales.
 __device__ __forceinline__ void factor_fragments(const Ring& ring, int tile, int step, int parts, int odd, int lane,
@@ -91,11 +128,11 @@ __device__ __forceinline__ void factor_fragments(const Ring& ring, int tile, int
 #pragma unroll
   for (int j = 0; j < 3; ++j) words[j] = load_shared_word(ring.codes(tile) + step * STEP_BYTES + (j * WARP + lane) * 4);
   if (odd) {
-    factor_pairs<1>(words, a[0]);
-    factor_pairs<3>(words, a[1]);
+    centred_pairs<3, 1>(words, a[0]);
+    centred_pairs<3, 3>(words, a[1]);
   } else {
-    factor_pairs<0>(words, a[0]);
-    factor_pairs<2>(words, a[1]);
+    centred_pairs<3, 0>(words, a[0]);
+    centred_pairs<3, 2>(words, a[1]);
   }
 #pragma unroll
   for (int b = 0; b < 2; ++b) {

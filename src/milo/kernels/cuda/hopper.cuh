@@ -30,11 +30,19 @@ __device__ __forceinline__ void barrier_wait(u32 barrier, u32 parity) {
       "@!done bra again;\n}" ::"r"(barrier), "r"(parity)
       : "memory");
 }
-
-// An arrival once this thread's copies so far have landed; the barrier's count includes it.
-__device__ __forceinline__ void copy_arrive(u32 barrier) {
-  asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(barrier) : "memory");
+// Without waiting, and the same for all lanes.
+__device__ __forceinline__ bool barrier_passed(u32 barrier, u32 parity) {
+  u32 done;
+  asm volatile(
+      "{\n.reg .pred p;\n"
+      "mbarrier.test_wait.parity.shared::cta.b64 p, [%1], %2;\n"
+      "selp.u32 %0, 1, 0, p;\n}"
+      : "=r"(done)
+      : "r"(barrier), "r"(parity)
+      : "memory");
+  return __ballot_sync(~0u, done);
 }
+
 __device__ __forceinline__ void copy_row(u32 to, const void* from) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
 }
@@ -56,12 +64,33 @@ __device__ __forceinline__ u64 evict_normal() {
   return policy;
 }
 
-// What this thread knows to be in shared memory is visible to its tensor core's reads.
+// What this thread has written to shared memory, or waited for, is visible to the tensor core's reads once it has told.
 __device__ __forceinline__ void fence_for_tensor_core() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
+// True in one lane of a warp whose lanes are all here; the compiler knows that it is one, so what it does with the copy
+// engine needs no loop over lanes.
+__device__ __forceinline__ bool elect() {
+  u32 chosen;
+  asm volatile("{\n.reg .pred p;\nelect.sync _|p, 0xffffffff;\nselp.u32 %0, 1, 0, p;\n}" : "=r"(chosen));
+  return chosen;
+}
+
+// g / (1 + exp(-g)), with two approximations of 2^-22 and none of the scaling that keeps denormal numbers.
+__device__ __forceinline__ float fast_silu(float g) {
+  float power, inverse;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(g * -1.4426950408889634f));
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(inverse) : "f"(1 + power));
+  return g * inverse;
+}
 
 // A barrier among `threads` threads of the block.
 __device__ __forceinline__ void named_barrier(int name, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(name), "r"(threads) : "memory");
+}
+
+// Counted there, without waiting.
+__device__ __forceinline__ void named_arrive(int name, int threads) {
+  asm volatile("bar.arrive %0, %1;" ::"r"(name), "r"(threads) : "memory");
 }
 
 template <int REGISTERS>
@@ -91,10 +120,11 @@ __device__ __forceinline__ uint2 load_shared_pair(u32 from) {
   asm volatile("ld.shared.v2.u32 {%0,%1}, [%2];" : "=r"(v.x), "=r"(v.y) : "r"(from));
   return v;
 }
-// One number of all 32 lanes, in a way that the compiler takes it for the same in all of them and yet for a new one.
+// A number that all 32 lanes have alike, in a register of the warp's: what follows from it alone is computed once a warp.
 __device__ __forceinline__ int uniform(int n) {
-  asm volatile("" : "+r"(n));
-  return __shfl_sync(~0u, n, 0);
+  int all;
+  asm volatile("redux.sync.or.b32 %0, %1, 0xffffffff;" : "=r"(all) : "r"(n));
+  return all;
 }
 
 // Four 8x8 matrices of 16-bit numbers, transposed: this lane's register i holds row lane / 4, columns 2 * (lane % 4) and
@@ -105,6 +135,17 @@ __device__ __forceinline__ void store_transposed(u32 to, const u32 (&v)[4]) {
                : "memory");
 }
 
+// a * b + c on a pair of 16-bit floats.
+template <bool B16>
+__device__ __forceinline__ u32 multiply_add2(u32 a, u32 b, u32 c) {
+  u32 d;
+  if constexpr (B16) {
+    asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
+  } else {
+    asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
+  }
+  return d;
+}
 // a * b on a pair of 16-bit floats.
 template <bool B16>
 __device__ __forceinline__ u32 mul2(u32 a, u32 b) {

@@ -7,117 +7,182 @@
 //   combine:  their sum over a token's choices, in their order
 //
 // `multiply` is persistent, a block an SM: a warpgroup of producers keeps a ring of stages full over the borders of
-// units, two of consumers turn packed codes into the tensor core's A operand in registers while its last products run.
-// Two blocks of 64 rows a warpgroup alternate: one is decoded while the other is multiplied. Weights are scaled and
-// rounded to 16 bits, as every dequantising kernel does; sums are fp32. No sum depends on the order of arrival.
+// units, two of consumers turn packed codes into the tensor core's A operand in registers, a step of 16
+// in-features at a time, while the products of the steps before run. Weights are scaled and rounded to 16 bits, as every
+// dequantising kernel does; sums are fp32. No sum depends on the order of arrival.
 //
 // Roofline: a stage (256 rows, n tokens) takes 8 n clocks of the tensor cores, 4 n clocks of shared memory for their
-// operand, and each scheduler about 300 instructions of decoding; 7 KiB of weights and n / 8 KiB of activations come
-// from L2. Below about 40 tokens an item decoding or DRAM is the limit, above about 64 the tensor cores.
+// operand, and each scheduler about 520 instructions, mostly of decoding; 7 KiB of weights and n / 8 KiB of activations
+// come from L2. The weights alone take DRAM about 520 clocks: below about 64 tokens an item decoding and DRAM are the
+// limit, and what counts is that enough warps hide each other's latencies; above, the tensor cores.
 #include "prepare.cuh"
 #include "produce.cuh"
 #include "results.cuh"
 
-// d += A * B over STEPS times 16 numbers along k, for `count` columns; a group of its own. The width of a product is part
-// of the instruction, so this is a tree of branches, and `count` must come from `uniform`: else the compiler hoists them
-// out of the loop and gives the operands of each width registers of their own, of which there are not enough.
-template <int STEPS, int LOW = MILO_WIDTH_STEP, int HIGH = WIDTH>
-__device__ __forceinline__ void products(int count, float* d, const u32* a, u64 b, bool add) {
-  if constexpr (LOW < HIGH) {
-    constexpr int MIDDLE = LOW + (HIGH - LOW) / MILO_WIDTH_STEP / 2 * MILO_WIDTH_STEP;
-    if (count <= MIDDLE) {
-      products<STEPS, LOW, MIDDLE>(count, d, a, b, add);
-    } else {
-      products<STEPS, MIDDLE + MILO_WIDTH_STEP, HIGH>(count, d, a, b, add);
-    }
-  } else {
-    products_begin();
+// d += A * B over 16 numbers along k, for all N columns: the width is part of the instruction, and choosing it here would
+// cost more than columns without a token do. A group of its own.
+template <int N>
+__device__ __forceinline__ void multiply_step(float* d, const u32 (&a)[4], u32 b) {
+  products_begin();
+  product<B16, N>(d, a, b);
+  products_commit();
+}
+
+// A step of a block. A warp that asks for more products than the tensor core has begun waits there, so it decodes in
+// between. Of the products before, at most three run on: the registers of this step are free.
+template <int N, int STEP>
+__device__ __forceinline__ void decode_and_multiply(const Scaling& scaling, Words& words, u32 (&a)[4][4], u32 x,
+                                                    float* sums) {
+  products_wait<3>();
+  scaling.step<STEP>(words.codes, a[STEP]);
+  multiply_step<N>(sums, a[STEP], x + STEP * NEXT_16);
+}
+
+template <int N>
+__device__ __forceinline__ void clear(float (&sums)[2][N]) {
 #pragma unroll
-    for (int s = 0; s < STEPS; ++s) product<B16, LOW>(d, a + 4 * s, b + s * NEXT_16, s > 0 || add);
-    products_commit();
+  for (int b = 0; b < 2; ++b) {
+#pragma unroll
+    for (int i = 0; i < N; ++i) sums[b][i] = 0;
   }
 }
 
-// The sums of a unit.
-__device__ __forceinline__ void accumulate(const Params& p, const Unit& u, const Group& at, Ring& ring, Sums& sums) {
-  u32 a[2][16];
-  u32 last = 0;
+// W x. The words of a stage are on their way from shared memory while the last products of the one before are decoded
+// for; otherwise the tensor core would be idle from one stage to the next.
+//
+// The second warpgroup starts LAG stages behind the first, so that one writes its results while the other multiplies. The
+// first cannot tell of its next unit before the second has begun this one: the ring has fewer stages than a unit.
+__device__ __forceinline__ void multiply_weights(const Unit& u, const Group& at, Ring ring, Sums& sums) {
+  constexpr int LAG = MILO_LAG;
+  const bool lags = LAG && u.tiles > ROW_TILES / 2 && u.k_tiles >= STAGES;
+  const int tell = lags && at.half == 0 ? u.k_tiles - LAG : -1;
+  if (lags && at.half == 1) named_barrier(3, 2 * GROUP_THREADS);
+  clear(sums);
+  u32 a[4][4];
+  u32 done = 0;  // the barrier of the stage before, to arrive at once its products are done
+  Loading next;
+  ring.wait_full();
+  next.load(ring, at.tile(), at.odd(), at.lane);
 #pragma unroll 1
-  for (int i = 0; i < u.k_tiles; ++i) {
-    const int count = uniform(u.count);
-    ring.wait_full();
-    Words words;
-    words.load(ring, at.tile(), at.odd(), at.lane);
-    fence_for_tensor_core();
-    const u64 x = operand(ring.x());
-#pragma unroll
-    for (int b = 0; b < 2; ++b) {
-      products_wait<1>();  // the registers of this block's last products are free
-      if (b == 1 && i > 0 && at.lane == 0) barrier_arrive(last);
-      weight_fragments(words.codes[b], words.meta[b], a[b]);
-      products<4>(count, sums[b], a[b], x, i > 0);
+  for (int left = u.k_tiles; left > 0; --left) {
+    Words words[2];
+    words[0].take<0>(next, at.odd());
+    words[1].take<1>(next, at.odd());
+    const u32 x = operand(ring.x());
+    const u32 empty = ring.empty();
+    {
+      const Scaling scaling(words[0].meta);
+      decode_and_multiply<WIDTH, 0>(scaling, words[0], a, x, sums[0]);
+      decode_and_multiply<WIDTH, 1>(scaling, words[0], a, x, sums[0]);
+      decode_and_multiply<WIDTH, 2>(scaling, words[0], a, x, sums[0]);
+      decode_and_multiply<WIDTH, 3>(scaling, words[0], a, x, sums[0]);
     }
-    last = ring.empty();
+    const Scaling scaling(words[1].meta);
+    decode_and_multiply<WIDTH, 0>(scaling, words[1], a, x, sums[1]);
+    if (done && at.lane == 0) barrier_arrive(done);
+    done = empty;
+    decode_and_multiply<WIDTH, 1>(scaling, words[1], a, x, sums[1]);
     ring.next();
+    if (left == tell) named_arrive(3, 2 * GROUP_THREADS);
+    if (left > 1) {
+      ring.wait_full();
+      next.load(ring, at.tile(), at.odd(), at.lane);
+    }
+    decode_and_multiply<WIDTH, 2>(scaling, words[1], a, x, sums[1]);
+    decode_and_multiply<WIDTH, 3>(scaling, words[1], a, x, sums[1]);
   }
   products_wait<0>();
-  if (at.lane == 0) barrier_arrive(last);
-  const int each = steps_a_stage(p), stages = u.steps ? u_stages(p, u.steps) : 0;
+  if (at.lane == 0) barrier_arrive(done);
+}
+
+// + U t.
+__device__ __forceinline__ void add_compensator(const Params& p, const Unit& u, const Group& at, Ring ring, Sums& sums) {
+  ring.skip(u.k_tiles);
+  const u32 second = p.parts == 2 ? 2 * NEXT_16 : 0;  // from t of the first part to t of the other
+  const int each = steps_a_stage(p), stages = u_stages(p, u);
 #pragma unroll 1
-  for (int stage = 0; stage < stages; ++stage) {
+  for (int stage = 0; stage < stages; ++stage, ring.next()) {
     ring.wait_full();
-    fence_for_tensor_core();
     const int steps = min(each, u.steps - stage * each);
+    u32 t = operand(ring.x());
 #pragma unroll 1
-    for (int s = 0; s < steps; ++s) {
-      const int count = uniform(u.count);
-      u32 f[2][4];
-      factor_fragments(ring, at.tile(), s, p.parts, at.odd(), at.lane, f);
-      const u64 t = operand(ring.x()) + s * NEXT_16;
-      products<1>(count, sums[0], f[0], t, true);
-      products<1>(count, sums[1], f[1], p.parts == 2 ? t + 2 * NEXT_16 : t, true);
+    for (int s = 0; s < steps; s += 2, t += 2 * NEXT_16) {
+      u32 f[2][2][4];
+      factor_fragments(ring, at.tile(), s, p.parts, at.odd(), at.lane, f[0]);
+      multiply_step<WIDTH>(sums[0], f[0][0], t);
+      multiply_step<WIDTH>(sums[1], f[0][1], t + second);
+      if (s + 1 < steps) {
+        factor_fragments(ring, at.tile(), s + 1, p.parts, at.odd(), at.lane, f[1]);
+        multiply_step<WIDTH>(sums[0], f[1][0], t + NEXT_16);
+        multiply_step<WIDTH>(sums[1], f[1][1], t + second + NEXT_16);
+      }
       products_wait<0>();
     }
     if (at.lane == 0) barrier_arrive(ring.empty());
-    ring.next();
+  }
+}
+
+// V x, for half of the tokens.
+__device__ __forceinline__ void multiply_v(const Unit& u, const Group& at, Ring ring, HalfSums& sums) {
+  clear(sums);
+  u32 a[4][4];
+  const u32 half = at.half * (WIDTH / 2 * 128 / 16);
+#pragma unroll 1
+  for (int left = u.k_tiles; left > 0; --left, ring.next()) {
+    ring.wait_full();
+    const u32 x = operand(ring.x()) + half;
+#pragma unroll
+    for (int b = 0; b < V_TILES; ++b) {
+      if (b < u.tiles) {
+        Words words;
+        words.load(ring, b, at.warp, at.lane);
+        const Scaling scaling(words.meta);
+        decode_and_multiply<WIDTH / 2, 0>(scaling, words, a, x, sums[b]);
+        decode_and_multiply<WIDTH / 2, 1>(scaling, words, a, x, sums[b]);
+        decode_and_multiply<WIDTH / 2, 2>(scaling, words, a, x, sums[b]);
+        decode_and_multiply<WIDTH / 2, 3>(scaling, words, a, x, sums[b]);
+      }
+    }
+    products_wait<0>();
+    if (at.lane == 0) barrier_arrive(ring.empty());
   }
 }
 
 __device__ __forceinline__ void consume(const Params& p) {
-  Ring ring(shared_address(shared_memory()));
+  Ring ring(uniform(shared_address(shared_memory())));
   wait_for_primary();
-  const int items = *p.item_count;
+  const int items = uniform(*p.item_count);
   for (int number = blockIdx.x;; number += gridDim.x) {
-    Sums sums;
-    {
-      const Group at(ring.base);
-      const Unit u(p, number, items);
-      if (u.past) break;
-      if (!u.tiles) continue;
-      if (2 * at.group < u.tiles) {
-        if (p.order && p.parts == 1 && !u.is_v) {  // wanted at the end
-          for (int n = at.thread(); n < u.count; n += GROUP_THREADS) {
-            copy_word(at.choices() + n * 4, p.order + u.begin + n);
-            if (p.choice_weights) copy_word(at.choices() + (WIDTH + n) * 4, p.choice_weights + u.begin + n);
-          }
-        }
-        accumulate(p, u, at, ring, sums);
-      } else {
+    const Unit u(p, number, items);
+    if (u.past) break;
+    if (!u.tiles) continue;
+    const Group at(ring.base);
+    const int stages = u.k_tiles + u_stages(p, u);
+    if (!at.works(u)) {
+      Ring idle = ring;
 #pragma unroll 1
-        for (int stages = u.k_tiles + (u.steps ? u_stages(p, u.steps) : 0); stages > 0; --stages) {
-          ring.wait_full();
-          if (at.lane == 0) barrier_arrive(ring.empty());
-          ring.next();
+      for (int left = stages; left > 0; --left, idle.next()) {
+        idle.wait_full();
+        if (at.lane == 0) barrier_arrive(idle.empty());
+      }
+    } else if (u.is_v) {
+      HalfSums sums;
+      multiply_v(u, at, ring, sums);
+      write_v(p, u, at, sums);
+    } else {
+      if (p.order && p.parts == 1) {  // wanted at the end
+        for (int n = at.thread(); n < u.count; n += GROUP_THREADS) {
+          copy_word(at.choices() + n * 4, p.order + u.begin + n);
+          if (p.choice_weights) copy_word(at.choices() + (WIDTH + n) * 4, p.choice_weights + u.begin + n);
         }
       }
+      Sums sums;
+      multiply_weights(u, at, ring, sums);
+      add_compensator(p, u, at, ring, sums);
+      const Group again(ring.base);
+      p.parts == 2 ? write_hidden(p, u, again, sums) : write_rows(p, u, again, sums);
     }
-    const Unit u(p, uniform(number), items);  // made again rather than kept: registers are short above
-    const Group at(ring.base);
-    if (u.is_v) {
-      write_t(p, u, at, sums);
-    } else if (2 * at.group < u.tiles) {
-      p.parts == 2 ? write_hidden(p, u, at, sums) : write_rows(p, u, at, sums);
-    }
+    ring.skip(stages);
   }
 }
 
@@ -125,15 +190,16 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) multiply(const __grid_c
   const u32 base = shared_address(shared_memory());
   if (threadIdx.x == 0) {
     for (int s = 0; s < STAGES; ++s) {
-      barrier_init(base + BARRIERS_AT + s * 8, TOKEN_THREADS + 1);
+      barrier_init(base + BARRIERS_AT + s * 8, 1 + TOKEN_THREADS / WARP);  // the producers' warps
       barrier_init(base + BARRIERS_AT + (STAGES + s) * 8, 8);  // the consumers' warps
     }
     barrier_init_done();
   }
   __syncthreads();
-  if (threadIdx.x < GROUP_THREADS) {
+  const int warp = uniform(threadIdx.x / WARP);
+  if (warp < GROUP_THREADS / WARP) {
     give_registers<MILO_PRODUCER_REGISTERS>();
-    if (threadIdx.x < WARP) {
+    if (warp == 0) {
       produce_weights(p);
     } else {
       produce_tokens(p);

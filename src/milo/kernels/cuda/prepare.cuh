@@ -42,46 +42,26 @@ __device__ __forceinline__ void cut(const Preparation& p, int expert, int begin,
   }
 }
 
-// One block: a stable counting sort. Each warp takes a run of pairs; `counts[warp][expert]` becomes where its pairs go.
+// A stable counting sort without a word between blocks: every sorting block counts all pairs, from which it knows where
+// each expert's begin, and then places those of its own experts, every gridDim-th. A warp has a run of pairs.
 __device__ __forceinline__ void sort(const Preparation& p) {
   const Routing& r = p.routing;
-  for (int i = threadIdx.x; i < p.clear_count; i += SORT_THREADS) p.to_clear[i] = 0;
-  if (!r.ids) {
-    if (threadIdx.x == 0) {
-      cut(p, 0, 0, r.pairs, 0);
-      *p.item_count = (r.pairs + p.width - 1) / p.width;
-    }
-    return;
-  }
   const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
-  int* begins = reinterpret_cast<int*>(shared_memory());
+  int* counts = reinterpret_cast<int*>(shared_memory());
+  int* begins = counts + SORT_THREADS;
   int* sums = begins + SORT_THREADS;  // of the warps, pairs then items
-  u16* counts = reinterpret_cast<u16*>(sums + 2 * SORT_WARPS);
-  u16* experts = counts + SORT_WARPS * r.experts;
-  for (int i = threadIdx.x; i < SORT_WARPS * r.experts; i += SORT_THREADS) counts[i] = 0;
-#pragma unroll 4
-  for (int i = threadIdx.x; i < r.pairs; i += SORT_THREADS) experts[i] = static_cast<u16>(local_expert(r, i));
+  u16* experts = reinterpret_cast<u16*>(sums + 2 * SORT_WARPS);
+  counts[threadIdx.x] = 0;
   __syncthreads();
-  constexpr int NONE = 0xffff;
-  const int run = (r.pairs + SORT_THREADS - 1) / SORT_THREADS * WARP;
-  const int first = warp * run, last = min(r.pairs, first + run);
-  u16* mine = counts + warp * r.experts;
-  for (int i = first; i < last; i += WARP) {
-    const int e = i + lane < last ? experts[i + lane] : NONE;
-    const u32 same = __match_any_sync(~0u, e);
-    if (e != NONE && __ffs(same) - 1 == lane) mine[e] = static_cast<u16>(mine[e] + __popc(same));
-    __syncwarp();
+#pragma unroll 8
+  for (int i = threadIdx.x; i < r.pairs; i += SORT_THREADS) {
+    const int e = local_expert(r, i);
+    experts[i] = static_cast<u16>(e);
+    if (e >= 0) atomicAdd(counts + e, 1);
   }
   __syncthreads();
-  int total = 0, tiles = 0;  // of the expert that is this thread's number
-  if (threadIdx.x < r.experts) {
-    for (int w = 0; w < SORT_WARPS; ++w) {
-      const int n = counts[w * r.experts + threadIdx.x];
-      counts[w * r.experts + threadIdx.x] = static_cast<u16>(total);
-      total += n;
-    }
-    tiles = (total + p.width - 1) / p.width;
-  }
+  const int total = counts[threadIdx.x];  // of the expert that is this thread's number
+  const int tiles = (total + p.width - 1) / p.width;
   int place = total, item = tiles;  // inclusive sums over experts, within the warp
   for (int d = 1; d < WARP; d *= 2) {
     const int a = __shfl_up_sync(~0u, place, d), b = __shfl_up_sync(~0u, item, d);
@@ -95,21 +75,32 @@ __device__ __forceinline__ void sort(const Preparation& p) {
     all_items += sums[SORT_WARPS + w];
   }
   begins[threadIdx.x] = place - total;
-  cut(p, threadIdx.x, place - total, total, item - tiles);
-  if (threadIdx.x == 0) *p.item_count = all_items;
-  __syncthreads();
-  for (int i = first; i < last; i += WARP) {
-    const int e = i + lane < last ? experts[i + lane] : NONE;
-    const u32 same = __match_any_sync(~0u, e);
-    const int at = e != NONE ? begins[e] + mine[e] : 0;
-    __syncwarp();
-    if (e != NONE) {
-      const int to = at + __popc(same & ((1u << lane) - 1));
-      p.order[to] = i + lane;
-      p.weights[to] = choice_weight(p.choice_weights, p.choice_weight_type, i + lane);
-      if (__ffs(same) - 1 == lane) mine[e] = static_cast<u16>(mine[e] + __popc(same));
+  if (threadIdx.x % gridDim.x == blockIdx.x) cut(p, threadIdx.x, place - total, total, item - tiles);
+  if (blockIdx.x == 0 && threadIdx.x == 0) *p.item_count = all_items;
+  const int run = (r.pairs + SORT_THREADS - 1) / SORT_THREADS * WARP;
+  const int first = warp * run, last = min(r.pairs, first + run);
+  for (int e = blockIdx.x; e < r.experts; e += gridDim.x) {
+    int found = 0;
+#pragma unroll 4
+    for (int i = first; i < last; i += WARP) {
+      found += __popc(__ballot_sync(~0u, i + lane < last && experts[i + lane] == e));
     }
-    __syncwarp();
+    __syncthreads();  // sums were read
+    if (lane == 0) sums[warp] = found;
+    __syncthreads();
+    int to = begins[e];
+    for (int w = 0; w < warp; ++w) to += sums[w];
+#pragma unroll 4
+    for (int i = first; i < last; i += WARP) {
+      const bool mine = i + lane < last && experts[i + lane] == e;
+      const u32 all = __ballot_sync(~0u, mine);
+      if (mine) {
+        const int at = to + __popc(all & ((1u << lane) - 1));
+        p.order[at] = i + lane;
+        p.weights[at] = choice_weight(p.choice_weights, p.choice_weight_type, i + lane);
+      }
+      to += __popc(all);
+    }
   }
 }
 
@@ -118,7 +109,8 @@ __device__ __forceinline__ void sort(const Preparation& p) {
 __device__ __forceinline__ void permute(const Preparation& p, int block, int blocks) {
   const int width = p.k_tiles * 8;  // chunks of 8 numbers a row
   const long long chunks = static_cast<long long>(p.tokens) * width;
-  for (long long i = static_cast<long long>(block) * SORT_THREADS + threadIdx.x; i < chunks; i += blocks * SORT_THREADS) {
+  for (long long i = static_cast<long long>(block) * SORT_THREADS + threadIdx.x; i < chunks;
+       i += blocks * SORT_THREADS) {
     const long long row = i / width;
     const int chunk = static_cast<int>(i - row * width);
     int feature = chunk / 4 * 32;
@@ -134,10 +126,18 @@ __device__ __forceinline__ void permute(const Preparation& p, int block, int blo
 
 extern "C" __global__ void __launch_bounds__(SORT_THREADS) prepare(const __grid_constant__ Preparation p) {
   launch_dependents();
-  if (blockIdx.x == 0) {
-    sort(p);
-  } else {
-    permute(p, blockIdx.x - 1, gridDim.x - 1);
+  const int block = blockIdx.x, blocks = gridDim.x, sorting = p.routing.ids ? min(p.routing.experts, blocks) : 1;
+  for (int i = block * SORT_THREADS + threadIdx.x; i < p.clear_count; i += blocks * SORT_THREADS) p.to_clear[i] = 0;
+  if (p.routing.ids) {
+    if (block < sorting) sort(p);
+  } else if (block == 0 && threadIdx.x == 0) {
+    cut(p, 0, 0, p.routing.pairs, 0);
+    *p.item_count = (p.routing.pairs + p.width - 1) / p.width;
+  }
+  if (blocks < 2 * sorting) {
+    permute(p, block, blocks);
+  } else if (block >= sorting) {  // the others are busy
+    permute(p, block - sorting, blocks - sorting);
   }
 }
 

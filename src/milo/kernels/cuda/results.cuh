@@ -4,26 +4,33 @@
 #include "fragments.cuh"
 
 using Sums = float[2][WIDTH / 2];
+using HalfSums = float[V_TILES][WIDTH / 4];  // of half the tokens
 
 struct Group {  // this thread's place among the consumers
-  int group, warp, lane;
+  int half, warp, lane;
   u32 base;
 
-  __device__ __forceinline__ explicit Group(u32 shared) : base(shared) {
+  __device__ __forceinline__ explicit Group(u32 memory) : base(memory) {
     int thread = threadIdx.x - GROUP_THREADS;
     asm volatile("" : "+r"(thread));  // nothing that follows from it is to be kept over a unit's products
-    group = thread / GROUP_THREADS, warp = thread / WARP % 4, lane = thread % WARP;
+    const int number = uniform(thread / WARP);
+    half = number / 4, warp = number % 4, lane = thread % WARP;
   }
   __device__ __forceinline__ int odd() const { return warp % 2; }
-  __device__ __forceinline__ int tile() const { return 2 * group + warp / 2; }  // of the unit's
+  __device__ __forceinline__ int tile() const { return 2 * half + warp / 2; }  // of the unit's row tiles
+  // Whether there is anything to do: row tiles, or for V tokens.
+  __device__ __forceinline__ bool works(const Unit& u) const {
+    return u.is_v ? half * (WIDTH / 2) < u.count : 2 * half < u.tiles;
+  }
   __device__ __forceinline__ int thread() const { return warp * WARP + lane; }
-  __device__ __forceinline__ u32 results() const { return base + RESULTS_AT + group * RESULTS_BYTES; }
-  __device__ __forceinline__ u32 choices() const { return base + CHOICES_AT + group * CHOICES_BYTES; }
-  __device__ __forceinline__ void sync() const { named_barrier(1 + group, GROUP_THREADS); }
+  __device__ __forceinline__ u32 results() const { return base + RESULTS_AT + half * RESULTS_BYTES; }
+  __device__ __forceinline__ u32 choices() const { return base + CHOICES_AT + half * CHOICES_BYTES; }
+  __device__ __forceinline__ u32 flag() const { return base + FLAGS_AT + half * 4; }
+  __device__ __forceinline__ void sync() const { named_barrier(1 + half, GROUP_THREADS); }
 };
 
 __device__ __forceinline__ float activate(float g) {
-  if constexpr (MILO_ACTIVATION == 0) return __fdividef(g, 1 + __expf(-g));
+  if constexpr (MILO_ACTIVATION == 0) return fast_silu(g);
   if constexpr (MILO_ACTIVATION == 1) return 0.5f * g * (1 + tanhf(0.7978845608028654f * (g + 0.044715f * g * g * g)));
   return 0.5f * g * (1 + erff(0.7071067811865476f * g));
 }
@@ -60,7 +67,7 @@ __device__ __forceinline__ void write_hidden(const Params& p, const Unit& u, con
     return pair_16<B16>(low, high);
   });
   // Chunk 2 * sub + c of a half of 32 columns takes word 2 * sub + c of the four chunks that hold its features.
-  const int first = u.tile + 2 * at.group, word = at.thread() % 4, half = at.thread() / 4 % 2;
+  const int first = u.tile + 2 * at.half, word = at.thread() % 4, half = at.thread() / 4 % 2;
   const bool exists = first + half < u.tile + u.tiles;
   u16* out = p.out + static_cast<long long>(u.begin) * p.pitch_out + first * 32 + half * 32 + word * 8;
   for (int n = at.thread() / 8; n < u.count; n += GROUP_THREADS / 8) {
@@ -101,7 +108,7 @@ __device__ __forceinline__ void write_rows(const Params& p, const Unit& u, const
       const float plus = i % 4 < 2 ? bias[0] : bias[1];
       return pair_16<B16>(sums[b][i] * weight.x + plus, sums[b][i + 1] * weight.y + plus);
     });
-    const int tile = 2 * at.group + chunk / 4, row = (u.tile + tile) * 64 + b * 32 + chunk % 4 * 8;
+    const int tile = 2 * at.half + chunk / 4, row = (u.tile + tile) * 64 + b * 32 + chunk % 4 * 8;
     if (tile < u.tiles && row < p.rows) {
       for (int n = at.thread() / 8; n < u.count; n += GROUP_THREADS / 8) {
         const uint4 v = load_shared(result(at, n, chunk));
@@ -113,46 +120,73 @@ __device__ __forceinline__ void write_rows(const Params& p, const Unit& u, const
   }
 }
 
-// V's sums. The last of the parts of K to arrive adds all of them up, in their order.
-__device__ __forceinline__ void write_t(const Params& p, const Unit& u, const Group& at, const Sums& sums) {
-  if (at.tile() < u.tiles) {
-    const int column = (u.tile + at.tile()) * 64 + at.odd() * 16 + at.lane / 4, n = at.lane % 4 * 2;
-    float* to = p.t_partial + (u.split * static_cast<long long>(p.places) + u.begin + n) * p.t_stride + column;
+// A number that 16 bits can hold.
+__device__ __forceinline__ float in_range(float t) { return B16 ? t : fminf(fmaxf(t, -65504.0f), 65504.0f); }
+
+// t from the sums over all parts of K, in their order, with all that four ranks of a token need on the way at once:
+// everybody waits for it in the end.
+__device__ __forceinline__ void add_parts(const Params& p, const float* partial, u16* t, long long part, int chunks,
+                                          int count, const Group& at) {
+#pragma unroll 1
+  for (int i = at.thread(); i < chunks * count; i += GROUP_THREADS) {
+    const Quotient where = divide(i, chunks);  // a token, four ranks
+    const long long offset = static_cast<long long>(where.q) * p.t_stride + where.r * 4;
+    float4 v[MILO_V_SPLITS], sum = {0, 0, 0, 0};
 #pragma unroll
-    for (int i = 0; i < WIDTH / 2; ++i) {
-      if (i / 4 * 8 + i % 2 + n < u.count) {
-        float* here = to + (i / 4 * 8 + i % 2) * p.t_stride + i / 2 % 2 * 8;
-        __stcg(here, sums[0][i]);
-        __stcg(here + 32, sums[1][i]);
+    for (int s = 0; s < MILO_V_SPLITS; ++s) {
+      v[s] = {0, 0, 0, 0};
+      if (s < p.v_splits) v[s] = __ldcg(reinterpret_cast<const float4*>(partial + s * part + offset));
+    }
+#pragma unroll
+    for (int s = 0; s < MILO_V_SPLITS; ++s) {
+      sum.x += v[s].x, sum.y += v[s].y, sum.z += v[s].z, sum.w += v[s].w;
+    }
+    const u32 low = pair_16<B16>(in_range(sum.x), in_range(sum.y)), high = pair_16<B16>(in_range(sum.z), in_range(sum.w));
+    *reinterpret_cast<uint2*>(t + offset) = make_uint2(low, high);
+  }
+}
+
+// V's sums over a part of K; of all parts the last to arrive adds them up.
+__device__ __forceinline__ void write_v(const Params& p, const Unit& u, const Group& at, const HalfSums& sums) {
+  const int first = at.half * (WIDTH / 2), count = min(u.count - first, WIDTH / 2);
+  const int ranks = min(p.parts * u.steps * 16 - u.tile * 64, u.tiles * 64);  // of these row tiles; a multiple of 16
+  const int stride = p.t_stride;
+  const long long place = u.begin + first, part = static_cast<long long>(p.places) * stride;
+  float* partial = p.t_partial + place * stride + u.tile * 64;
+  const int rank = at.warp * 16 + at.lane / 4, token = at.lane % 4 * 2;
+  const long long to = token * static_cast<long long>(stride) + rank;
+  u16* t = p.t + place * stride + u.tile * 64;
+#pragma unroll
+  for (int b = 0; b < V_TILES; ++b) {
+    if (b * 64 + at.warp * 16 < ranks) {
+#pragma unroll
+      for (int i = 0; i < WIDTH / 4; ++i) {
+        if (i / 4 * 8 + i % 2 + token < count) {
+          const long long here = to + (i / 4 * 8 + i % 2) * stride + b * 64 + i / 2 % 2 * 8;
+          if (p.v_splits == 1) {
+            t[here] = round_to_16<B16>(in_range(sums[b][i]));
+          } else {
+            __stcg(partial + u.split * part + here, sums[b][i]);
+          }
+        }
       }
     }
   }
-  constexpr int CONSUMERS = 2 * GROUP_THREADS;
-  const int thread = at.group * GROUP_THREADS + at.thread();
   __threadfence();
-  named_barrier(3, CONSUMERS);
+  at.sync();
   if (p.v_splits > 1) {
-    const u32 flag = at.base + FLAG_AT;
-    if (thread == 0) {
-      store_shared_word(flag, atomicAdd(p.v_arrived + u.item * p.v_groups + u.group, 1) == p.v_splits - 1);
+    if (at.thread() == 0) {
+      int* arrived = p.v_arrived + (u.item * p.v_groups + u.group) * 2 + at.half;
+      store_shared_word(at.flag(), atomicAdd(arrived, 1) == p.v_splits - 1);
     }
-    named_barrier(3, CONSUMERS);
-    const bool last = load_shared_word(flag);
-    named_barrier(3, CONSUMERS);  // all have read the flag
+    at.sync();
+    const bool last = load_shared_word(at.flag());
+    at.sync();  // all have read the flag
     if (!last) return;
     __threadfence();
+    add_parts(p, partial, t, part, ranks / 4, count, at);
+    __threadfence();
+    at.sync();
   }
-  const int width = u.tiles * 64;
-  for (int i = thread; i < width * u.count; i += CONSUMERS) {
-    const int column = u.tile * 64 + i % width;
-    const long long place = u.begin + i / width;
-    const float* from = p.t_partial + place * p.t_stride + column;
-    float t = 0;
-    for (int s = 0; s < p.v_splits; ++s) t += __ldcg(from + s * static_cast<long long>(p.places) * p.t_stride);
-    if (!B16) t = fminf(fmaxf(t, -65504.0f), 65504.0f);
-    p.t[place * p.t_stride + column] = round_to_16<B16>(t);
-  }
-  __threadfence();
-  named_barrier(3, CONSUMERS);
-  if (thread == 0) atomicAdd(p.v_done + u.item, 1);
+  if (at.thread() == 0) atomicAdd(p.v_done + u.item, 1);
 }

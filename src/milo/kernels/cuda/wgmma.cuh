@@ -7,11 +7,11 @@
 #pragma once
 #include "hopper.cuh"
 
-__device__ __forceinline__ u64 operand(u32 address) {
-  constexpr u64 swizzle_128 = 1ull << 62, eights = 1024 / 16, unused = 1;
-  return swizzle_128 | eights << 32 | unused << 16 | (address & 0x3ffff) >> 4;
-}
-constexpr u64 NEXT_16 = 32 / 16;  // added to a descriptor: the next 16 numbers along k
+//
+// The lower word of a descriptor; the upper one is always the same.
+__device__ __forceinline__ u32 operand(u32 address) { return 1 << 16 | (address & 0x3ffff) >> 4; }
+constexpr u32 OPERAND_HIGH = 1 << 30 | 1024 / 16;  // 128-byte swizzle; bytes from eight rows to the next
+constexpr u32 NEXT_16 = 32 / 16;                   // added to a descriptor: the next 16 numbers along k
 
 // Registers written before are seen by the products that follow.
 __device__ __forceinline__ void products_begin() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
@@ -64,38 +64,28 @@ __device__ __forceinline__ void products_wait() {
 #define MILO_O152 MILO_O144, MILO_FOUR(72)
 #define MILO_O160 MILO_O152, MILO_FOUR(76)
 #define MILO_FOUR(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
-#define MILO_WGMMA(N, TYPE, A0, A1, A2, A3, B, P)                                                                 \
-  asm volatile("{.reg .pred p; setp.ne.b32 p, %" #P ", 0;\n"                                                      \
-               "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE "." TYPE " {" MILO_D##N "}, "               \
-               "{%" #A0 ",%" #A1 ",%" #A2 ",%" #A3 "}, %" #B ", p, 1, 1, 0;}"                                     \
-               : MILO_O##N : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add))
-#define MILO_CASE(N, ...)                                                                                        \
-  if constexpr (WIDTH == N) {                                                                                    \
-    if constexpr (B16) MILO_WGMMA(N, "bf16", __VA_ARGS__); else MILO_WGMMA(N, "f16", __VA_ARGS__);               \
+#define MILO_WGMMA(N, TYPE, A0, A1, A2, A3, LOW, HIGH)                                                                \
+  asm volatile("{.reg .pred p; .reg .b64 b; setp.eq.u32 p, 0, 0; mov.b64 b, {%" #LOW ", %" #HIGH "};\n"               \
+               "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE "." TYPE " {" MILO_D##N "}, "                   \
+               "{%" #A0 ",%" #A1 ",%" #A2 ",%" #A3 "}, b, p, 1, 1, 0;}"                                               \
+               : MILO_O##N : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b), "n"(OPERAND_HIGH))
+#define MILO_CASE(N, ...)                                                                                             \
+  if constexpr (WIDTH == N) {                                                                                         \
+    if constexpr (B16) MILO_WGMMA(N, "bf16", __VA_ARGS__); else MILO_WGMMA(N, "f16", __VA_ARGS__);                    \
   }
 
-// `add` = 0 starts the sum anew. d may be longer than WIDTH / 2.
+// For the widths of items and half of them.
 template <bool B16, int WIDTH>
-__device__ __forceinline__ void product(float* d, const u32* a, u64 b, u32 add) {
-  MILO_CASE(8, 4, 5, 6, 7, 8, 9)
-  MILO_CASE(16, 8, 9, 10, 11, 12, 13)
-  MILO_CASE(24, 12, 13, 14, 15, 16, 17)
-  MILO_CASE(32, 16, 17, 18, 19, 20, 21)
-  MILO_CASE(40, 20, 21, 22, 23, 24, 25)
+__device__ __forceinline__ void product(float* d, const u32* a, u32 b) {
   MILO_CASE(48, 24, 25, 26, 27, 28, 29)
   MILO_CASE(56, 28, 29, 30, 31, 32, 33)
   MILO_CASE(64, 32, 33, 34, 35, 36, 37)
   MILO_CASE(72, 36, 37, 38, 39, 40, 41)
   MILO_CASE(80, 40, 41, 42, 43, 44, 45)
-  MILO_CASE(88, 44, 45, 46, 47, 48, 49)
   MILO_CASE(96, 48, 49, 50, 51, 52, 53)
-  MILO_CASE(104, 52, 53, 54, 55, 56, 57)
   MILO_CASE(112, 56, 57, 58, 59, 60, 61)
-  MILO_CASE(120, 60, 61, 62, 63, 64, 65)
   MILO_CASE(128, 64, 65, 66, 67, 68, 69)
-  MILO_CASE(136, 68, 69, 70, 71, 72, 73)
   MILO_CASE(144, 72, 73, 74, 75, 76, 77)
-  MILO_CASE(152, 76, 77, 78, 79, 80, 81)
   MILO_CASE(160, 80, 81, 82, 83, 84, 85)
 }
 // clang-format on
