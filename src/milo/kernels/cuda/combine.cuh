@@ -1,6 +1,6 @@
 // From sums over K to tokens: the weighted sum over choices, in a fixed order.
 #pragma once
-#include "units.cuh"
+#include "launch.cuh"
 
 __device__ __forceinline__ float choice_weight(const Params& p, int pair) {
   if (!p.choice_weights) return 1;
@@ -46,4 +46,20 @@ __device__ __forceinline__ void combine_rows(const Params& p, int tile, int firs
       *reinterpret_cast<uint2*>(out) = make_uint2(low, high);
     }
   }
+}
+
+// A block takes a row tile and TURN tokens, and MILO_PAIRS floats of shared memory.
+constexpr int TURN = 256 / 16;
+
+extern "C" __global__ void __launch_bounds__(256) combine(const __grid_constant__ Params p) {
+  float* weights = reinterpret_cast<float*>(shared);
+  const int tile = blockIdx.x % p.row_tiles, first = blockIdx.x / p.row_tiles * TURN;
+  const int last = min(p.tokens, first + TURN);
+  for (int i = first * p.topk + threadIdx.x; i < last * p.topk; i += blockDim.x) {
+    const bool ours = !p.routing.ids || local_expert(p.routing, i) >= 0;
+    weights[i - first * p.topk] = ours ? choice_weight(p, i) : __int_as_float(0x7fffffff);
+  }
+  __syncthreads();
+  wait_for_primary();
+  combine_rows(p, tile, first, last, weights);
 }

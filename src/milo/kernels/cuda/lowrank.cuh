@@ -1,6 +1,6 @@
 // U t, added to the accumulators of a row tile.
 #pragma once
-#include "units.cuh"
+#include "launch.cuh"
 
 constexpr int SPLITS = 4;  // of V's K, at most
 

@@ -23,9 +23,9 @@ __device__ __forceinline__ int local_expert(const Routing& r, int pair) {
   return (id >= 0 && id < r.experts) ? static_cast<int>(id) : -1;
 }
 
-template <int TOKENS, int MAX_PAIRS>
+template <int TOKENS, int MAX_PAIRS, int MAX_EXPERTS>
 struct Table {
-  static constexpr int MAX_ITEMS = MAX_PAIRS + MAX_PAIRS / TOKENS;
+  static constexpr int MAX_ITEMS = (MAX_PAIRS < MAX_EXPERTS ? MAX_PAIRS : MAX_EXPERTS) + MAX_PAIRS / TOKENS;
   short pairs[MAX_PAIRS];  // sorted by expert
   short rows[MAX_PAIRS];   // of the activations, likewise
   short expert[MAX_ITEMS], begin[MAX_ITEMS];

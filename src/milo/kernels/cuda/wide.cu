@@ -1,0 +1,219 @@
+// A whole MoE FFN for 9 to 64 tokens a work item, in three launches; also a plain linear, in two.
+//
+//   gate_up:  t = V x;  h = act(W_gate x + U_gate t) * (W_up x + U_up t)
+//   down:     t2 = V2 h;  partial = W_down h + U2 t2, for every choice
+//   combine:  the choices' weighted sum
+//
+// Blocks are persistent and take equal stretches of all work (wide.cuh). A warp has a row tile to itself and ends with all
+// of its sums, gate's beside up's: nothing is added up across warps, but where warps share a row tile, and where another
+// block has the rest of a unit. Activations are shared, and their sums over groups, which the zeros need, are computed
+// once a block (wide_streams.cuh). V's row tiles come first in every block's order and wait for nothing, so there is no
+// deadlock. No float atomics: the same bits at every run.
+//
+// Bytes: every touched expert's codes and metadata once; an item's activations once a group of WARPS row tiles, from L2,
+// where partial sums stay too.
+#include "wide_streams.cuh"
+
+#include "combine.cuh"
+#include "lowrank.cuh"
+
+// Calls `f(16 rows, n8 tile)` for all that have tokens.
+template <typename F>
+__device__ __forceinline__ void for_sums(int count, F f) {
+#pragma unroll
+  for (int nt = 0; nt < NT; ++nt) {
+    if (nt * 8 < count) {
+#pragma unroll
+      for (int mt = 0; mt < 4; ++mt) f(mt, nt);
+    }
+  }
+}
+
+// Where a warp leaves its sums in L2: for another block, or (`own`) for another warp of its own.
+__device__ __forceinline__ float4* slice(const Params& p, int block, int warp, bool own) {
+  const long long at = ((own ? gridDim.x : 0) + block) * WARPS + warp;
+  return reinterpret_cast<float4*>(p.carry + at * SLICE) + threadIdx.x % WARP;
+}
+__device__ __forceinline__ void leave(float4* to, int count, const Accumulators& total) {
+  for_sums(count, [&](int mt, int nt) {
+    const float(&v)[4] = total[mt][nt];
+    __stcg(to + (nt * 4 + mt) * WARP, float4{v[0], v[1], v[2], v[3]});
+  });
+}
+__device__ __forceinline__ void take(const float4* from, int count, Accumulators& total) {
+  for_sums(count, [&](int mt, int nt) {
+    const float4 v = __ldcg(from + (nt * 4 + mt) * WARP);
+    float(&to)[4] = total[mt][nt];
+    to[0] += v.x, to[1] += v.y, to[2] += v.z, to[3] += v.w;
+  });
+}
+
+// The sums of warps that share a row tile, to the first of them. The whole block.
+__device__ __forceinline__ void add_ways(const Params& p, const Place& place, int count, Accumulators& total) {
+  const int warp = threadIdx.x / WARP;
+  if (place.active && place.way) leave(slice(p, blockIdx.x, warp, true), count, total);
+  __syncthreads();
+  if (place.active && !place.way) {
+#pragma unroll 1
+    for (int way = 1; way < 1 << place.log; ++way) {
+      take(slice(p, blockIdx.x, warp + way * (WARPS >> place.log), true), count, total);
+    }
+  }
+  __syncthreads();  // they may be overwritten
+}
+
+// What this warp wrote before is visible to whoever sees the counter go up.
+__device__ __forceinline__ void count_up(int* counter) {
+  __threadfence();
+  __syncwarp();
+  if (threadIdx.x % WARP == 0) atomicAdd(counter, 1);
+}
+
+// Calls `f(pair, row, this sum, the sum 32 rows on)` for the sums of the first ROWS rows.
+template <int ROWS, typename F>
+__device__ __forceinline__ void for_results(const Part& part, const Accumulators& total, F f) {
+  const int lane = threadIdx.x % WARP;
+#pragma unroll
+  for (int nt = 0; nt < NT; ++nt) {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const int n = nt * 8 + lane % 4 * 2 + i;
+      if (n >= part.count) continue;
+      const long long pair = items().pairs[part.begin + n];
+#pragma unroll
+      for (int mt = 0; mt < ROWS / 16; ++mt) {
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          const float one = total[mt][nt][half * 2 + i], other = total[(mt + 2) % 4][nt][half * 2 + i];
+          f(pair, mt * 16 + half * 8 + lane / 4, one * UNIT, other * UNIT);
+        }
+      }
+    }
+  }
+}
+
+// A warp's row tile of a unit or of a piece of one, `part` being that row tile's.
+template <int PARTS>
+__device__ __forceinline__ void finish(const Params& p, const Part& part, int rows, Accumulators& total) {
+  if (part.is_v()) {
+    const Compensator& c = p.compensator;
+    float* t = c.t + part.split * static_cast<long long>(p.routing.pairs) * c.t_stride + part.group * 64;
+    for_results<64>(part, total, [&](long long pair, int row, float sum, float) { __stcg(t + pair * c.t_stride + row, sum); });
+    count_up(counters(p).v_done + part.item);
+    return;
+  }
+  if (part.first) {
+    leave(slice(p, blockIdx.x, threadIdx.x / WARP, false), part.count, total);
+    count_up(counters(p).carried + blockIdx.x);
+    return;
+  }
+  if (p.compensator.t_stride) add_factors<PARTS>(p, part, 0, 1, total);
+  if (part.last != p.weights.ktiles) {
+    const Cut& cut = scratch().cut;
+#pragma unroll 1
+    for (int b = blockIdx.x + 1; b < static_cast<int>(gridDim.x) && cut(b) < part.end; ++b) {
+      if (cut(b) == cut(b + 1)) continue;
+      wait_until(counters(p).carried + b, rows);
+      take(slice(p, b, threadIdx.x / WARP, false), part.count, total);
+    }
+  }
+  if constexpr (PARTS == 2) {
+    u16* h = static_cast<u16*>(p.out) + part.group * 32;
+    for_results<32>(part, total, [&](long long pair, int row, float gate, float up) {
+      h[pair * p.rows + row] = round_to_16<B16>(activate(p.activation, gate) * up);
+    });
+  } else {
+    float* to = p.partial + part.group * 64;
+    for_results<64>(part, total, [&](long long pair, int row, float sum, float) {
+      __stcg(to + pair * (p.row_tiles * 64) + row, sum);
+    });
+  }
+}
+
+__device__ __forceinline__ void zero_counters(int* counters) {
+#pragma unroll 1
+  for (int i = threadIdx.x; i < MILO_COUNTER_BYTES / 4; i += THREADS) counters[i] = 0;
+}
+
+template <int PARTS>
+__device__ __forceinline__ void work(const Params& p) {
+  const int lane = lane_id(), warp = threadIdx.x / WARP;
+  prepare(p);
+  Weights weights(lane);
+  Activations activations(lane);
+  weights.start(p, 0);
+  wait_for_primary();
+  if (p.others && blockIdx.x == 0) zero_counters(p.others);
+  int known = described(0);
+  activations.ask(p, known);
+  copy_commit();
+  copy_wait<0>();
+  if (activations.span) activations.finish();
+  activations.ask(p, known);
+  int since = 0;  // groups of copies that were committed since
+  const u32 rows_at = weights.ring - lane * 16 + lane / 4 * 32;
+  const int parts = scratch().part_count;
+  int stage = 0;
+#pragma unroll 1
+  for (int number = 0; number < parts; ++number) {
+    if (warp == 0) describe_more(p, number);
+    weights.known = known = described(number);
+    const Part& part = scratch().parts[number % QUEUE];
+    const Place place(part.rows);
+    const int count = part.count, tiles = (count + 7) / 8, last = part.last;
+    Accumulators total = {};
+#pragma unroll 1
+    for (int kt = part.first; kt < last; kt += SPAN, ++stage) {
+      if (activations.span) {  // the stage that follows
+        if (since == 0) copy_commit(), since = 1;
+        wait_but_for<STAGES - 2>(since - 1);
+        activations.finish();
+      }
+      wait_phase(&scratch().ready[stage % BUFFERS], stage / BUFFERS);
+      activations.ask(p, known);
+      since = 0;
+      const int span = place.active ? min(SPAN, last - kt) : 0, first_tile = weights.used;
+      u32 x = activations.x + Activations::buffer(stage) + place.way * X_BYTES;
+#pragma unroll 1
+      for (int k = place.way; k < span; k += 1 << place.log) {
+        if (weights.asked == weights.used) weights.start(p, number);
+        copy_wait<STAGES - 2>();
+        __syncwarp();  // other lanes copied metadata; and all are done with the slot that is filled next
+        weights.ask(p), ++since;
+        multiply_tile(tiles, weights.ring + weights.from, rows_at + weights.meta_slot(weights.used), x, total);
+        weights.from = Weights::after(weights.from), ++weights.used;
+        x += X_BYTES << place.log;
+      }
+      if (place.way < span) {
+        const int mine = lane % 4, order = mine >> place.log;
+        const bool has = mine < span && mine - (order << place.log) == place.way;
+        const u32 sums = activations.sums + stage % BUFFERS * SUM_WORDS * 4;
+        add_zeros(tiles, rows_at + weights.meta_slot(first_tile + order), has, sums, total);
+      }
+    }
+    if (place.log) add_ways(p, place, count, total);
+    if (place.active && !place.way) {
+      Part mine = part;
+      mine.group = static_cast<short>(mine.group + place.row);
+      finish<PARTS>(p, mine, part.rows, total);
+    }
+  }
+  copy_wait<0>();
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS, MILO_BLOCKS) gate_up(const __grid_constant__ Params p) {
+  launch_dependents();
+  work<2>(p);
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS, MILO_BLOCKS) down(const __grid_constant__ Params p) {
+  launch_dependents();
+  work<1>(p);
+  if (!p.others) {  // the last block to end zeroes this launch's counters
+    int& last = scratch().part_count;
+    __syncthreads();
+    if (threadIdx.x == 0) last = atomicAdd(&counters(p).exits, 1) == static_cast<int>(gridDim.x) - 1;
+    __syncthreads();
+    if (last) zero_counters(p.counters);
+  }
+}

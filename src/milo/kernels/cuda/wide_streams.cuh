@@ -1,0 +1,133 @@
+// What a block reads ahead of its computation, over the borders of parts: each warp the tiles of its own row tiles, into a
+// ring of its own, and all warps together the activations that they share.
+#pragma once
+#include "wide_tile.cuh"
+
+// A warp's ring of STAGES tiles, of which STAGES - 1 are on their way. There is one group of copies a tile that is used.
+struct Weights {
+  const char *codes, *meta;  // of the next tile (meta: of its row tile), at this lane
+  u64 policy;
+  u32 ring;                  // at this lane's 16 bytes
+  int kt = 0, last = 0, step = 1, meta_shift = 0;
+  int next = 0;              // the part that comes next
+  int known;                 // parts that are described
+  int asked = 0, used = 0;   // tiles
+  u32 to = 0, from = 0;      // slots of the ring for the next tile that is asked for and used
+  bool dry = false;          // found none: starts again when all that it asked for is used
+
+  __device__ __forceinline__ explicit Weights(int lane) : policy(evict_first()), known(described(0)) {
+    ring = shared_address(shared) + threadIdx.x / WARP * RING_BYTES + lane * 16;
+  }
+  // Whether there is a tile for this warp; if its part has none left, in those that follow.
+  __device__ __forceinline__ bool find(const Params& p) {
+    if (kt < last) return true;
+    const int lane = threadIdx.x % WARP;
+#pragma unroll 1
+    while (next < known) {
+      const Part& part = scratch().parts[next++ % QUEUE];
+      const Place place(part.rows);
+      kt = part.first + place.way, last = part.last;
+      if (!place.active || kt >= last) {
+        last = kt;
+        continue;
+      }
+      const Matrix& m = part.is_v() ? p.v : p.weights;
+      const u64 row = part.row_tile + place.row;
+      step = 1 << place.log, meta_shift = m.meta_shift;
+      codes = m.codes + (row * m.ktiles + kt) * CODE_BYTES + lane * 16;
+      meta = m.meta + row * m.groups * META_BYTES + lane * 16;
+      return true;
+    }
+    return false;
+  }
+  __device__ __forceinline__ u32 meta_slot(int tile) const {
+    return STAGES * CODE_BYTES + static_cast<u32>(tile) % META_SLOTS * META_BYTES;
+  }
+  // The next tile into the ring.
+  __device__ __forceinline__ void ask(const Params& p) {
+    if (!dry && find(p)) {
+#pragma unroll
+      for (int j = 0; j < BITS; ++j) copy_weights(ring + to + j * 512, codes + j * 512, policy);
+      if (HALVES == 2 || threadIdx.x % WARP < 16) {
+        copy_weights(ring + meta_slot(asked), meta + (kt >> meta_shift) * META_BYTES, policy);
+      }
+      codes += step * CODE_BYTES, kt += step, ++asked;
+      to = after(to);
+    } else {
+      dry = true;
+    }
+    copy_commit();
+  }
+  // Begin, or begin again at the part of this number.
+  __device__ __forceinline__ void start(const Params& p, int number) {
+    if (next <= number) next = number, last = kt;
+    dry = false;
+#pragma unroll 1
+    for (int i = 0; i < STAGES - 1; ++i) ask(p);
+  }
+  static __device__ __forceinline__ u32 after(u32 slot) {
+    return slot == (STAGES - 1) * CODE_BYTES ? 0 : slot + CODE_BYTES;
+  }
+};
+
+template <int MOST>
+__device__ __forceinline__ void wait_but_for(int groups) {
+  if constexpr (MOST > 0) {
+    if (groups < MOST) return wait_but_for<MOST - 1>(groups);
+  }
+  copy_wait<MOST>();
+}
+
+// The activations of stages, each of whose 1 KB runs (8 tokens, 64 in-features) is copied and summed up by one warp.
+struct Activations {
+  u32 x, sums;                   // in shared memory: at this lane's 16 bytes; the stages' sums
+  int next = 0;                  // the part that comes next
+  int kt = 0, last = 0, begin = 0, count = 0;
+  int span = 0, tiles = 0;       // of the stage that was asked for last: tiles along K, n8 tiles of tokens
+  int number = 0;                // stages that were asked for
+
+  __device__ __forceinline__ explicit Activations(int lane)
+      : x(shared_address(shared) + X_AT + lane * 16), sums(shared_address(shared) + SUMS_AT) {}
+
+  template <typename F>
+  __device__ __forceinline__ void for_runs(F f) const {
+    const int warp = threadIdx.x / WARP;
+#pragma unroll
+    for (int i = 0; i < SPAN * NT; i += WARPS) {
+      const int run = i + warp, k = run / NT, nt = run % NT;
+      if (k < span && nt < tiles) f(k, nt);
+    }
+  }
+  __device__ __forceinline__ static u32 buffer(int stage) { return stage % BUFFERS * SPAN * X_BYTES; }
+
+  // Ask for the next stage; `known` parts are described. Beyond K (whose last tile may be half full) there are zeros;
+  // where there is no token, another's activations: the columns of an MMA do not mix, and that one's is not written.
+  __device__ __forceinline__ void ask(const Params& p, int known) {
+    span = 0;
+    if (kt >= last) {
+      if (next >= known) return;
+      const Part& part = scratch().parts[next++ % QUEUE];
+      kt = part.first, last = part.last, begin = part.begin, count = part.count;
+    }
+    span = min(SPAN, last - kt), tiles = (count + 7) / 8;
+    const int lane = threadIdx.x % WARP;
+    for_runs([&](int k, int nt) {
+      const int row = items().rows[begin + min(nt * 8 + lane / 4, count - 1)];
+      const int column = (kt + k) * 64;
+      const u16* from = p.x + static_cast<long long>(row) * p.in_features + column + lane % 4 * 8;
+      const u32 to = x + buffer(number) + k * X_BYTES + nt * 1024;
+      copy_activations(to, from, 16);
+      copy_activations(to + 512, from + 32, column + 32 < p.in_features ? 16 : 0);
+    });
+    kt += span, ++number;
+  }
+  // What this warp asked for last has arrived: sum it up, and say so.
+  __device__ __forceinline__ void finish() const {
+    const int stage = number - 1;
+    u32* to = reinterpret_cast<u32*>(shared + SUMS_AT) + stage % BUFFERS * SUM_WORDS;
+    for_runs([&](int k, int nt) {
+      sum_activations(x + buffer(stage) + k * X_BYTES + nt * 1024, to + k * SUM_PITCH + nt * 8);
+    });
+    warp_arrive(&scratch().ready[stage % BUFFERS]);
+  }
+};
