@@ -30,7 +30,7 @@ class EmulatedKernels:
 
     def __init__(self, config: Config, bits: int, halves: int, b16: bool, folder: Path) -> None:
         macros = decode.macros(config, bits, halves, b16)
-        name = "-".join(map(str, macros.values()))
+        name = "-".join(map(str, [config.source, *macros.values()]))
         library = folder / f"{name}.so"
         if not library.exists():
             sources = folder / "src"
@@ -38,7 +38,7 @@ class EmulatedKernels:
                 shutil.copytree(nvrtc.SOURCES, sources)
                 shutil.copy(HERE / "primitives.cuh", sources)
                 shutil.copy(HERE / "driver.cpp", sources)
-            flags = [f"-D{key}={value}" for key, value in macros.items()]
+            flags = [f"-D{key}={value}" for key, value in macros.items()] + [f'-DEMULATED="{config.source}"']
             command = ["g++", "-std=c++17", "-O1", "-shared", "-fPIC", "-w", *flags, str(sources / "driver.cpp")]
             subprocess.run([*command, "-o", str(library)], check=True)
         self._library = ctypes.CDLL(str(library))

@@ -187,8 +187,7 @@ __device__ __forceinline__ void work(const Params& p) {
       if (place.way < span) {
         const int mine = lane % 4, order = mine >> place.log;
         const bool has = mine < span && mine - (order << place.log) == place.way;
-        const u32 sums = activations.sums + stage % BUFFERS * SUM_WORDS * 4;
-        add_zeros(tiles, rows_at + weights.meta_slot(first_tile + order), has, sums, total);
+        add_zeros(tiles, rows_at + weights.meta_slot(first_tile + order), has, Activations::sums(stage), total);
       }
     }
     if (place.log) add_ways(p, place, count, total);

@@ -80,14 +80,14 @@ __device__ __forceinline__ void wait_but_for(int groups) {
 
 // The activations of stages, each of whose 1 KB runs (8 tokens, 64 in-features) is copied and summed up by one warp.
 struct Activations {
-  u32 x, sums;                   // in shared memory: at this lane's 16 bytes; the stages' sums
+  u32 x;                         // in shared memory, at this lane's 16 bytes
   int next = 0;                  // the part that comes next
   int kt = 0, last = 0, begin = 0, count = 0;
   int span = 0, tiles = 0;       // of the stage that was asked for last: tiles along K, n8 tiles of tokens
   int number = 0;                // stages that were asked for
 
   __device__ __forceinline__ explicit Activations(int lane)
-      : x(shared_address(shared) + X_AT + lane * 16), sums(shared_address(shared) + SUMS_AT) {}
+      : x(shared_address(shared) + X_AT + lane * 16) {}
 
   template <typename F>
   __device__ __forceinline__ void for_runs(F f) const {
@@ -98,7 +98,10 @@ struct Activations {
       if (k < span && nt < tiles) f(k, nt);
     }
   }
-  __device__ __forceinline__ static u32 buffer(int stage) { return stage % BUFFERS * SPAN * X_BYTES; }
+  static __device__ __forceinline__ u32 buffer(int stage) { return stage % BUFFERS * SPAN * X_BYTES; }
+  static __device__ __forceinline__ u32* sums(int stage) {
+    return reinterpret_cast<u32*>(shared + SUMS_AT) + stage % BUFFERS * SUM_WORDS;
+  }
 
   // Ask for the next stage; `known` parts are described. Beyond K (whose last tile may be half full) there are zeros;
   // where there is no token, another's activations: the columns of an MMA do not mix, and that one's is not written.
@@ -124,9 +127,8 @@ struct Activations {
   // What this warp asked for last has arrived: sum it up, and say so.
   __device__ __forceinline__ void finish() const {
     const int stage = number - 1;
-    u32* to = reinterpret_cast<u32*>(shared + SUMS_AT) + stage % BUFFERS * SUM_WORDS;
     for_runs([&](int k, int nt) {
-      sum_activations(x + buffer(stage) + k * X_BYTES + nt * 1024, to + k * SUM_PITCH + nt * 8);
+      sum_activations(x + buffer(stage) + k * X_BYTES + nt * 1024, sums(stage) + k * SUM_PITCH + nt * 8);
     });
     warp_arrive(&scratch().ready[stage % BUFFERS]);
   }

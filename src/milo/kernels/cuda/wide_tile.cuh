@@ -7,8 +7,6 @@
 #pragma once
 #include "wide.cuh"
 
-__device__ __forceinline__ u32 load_word(u32 from) { return *reinterpret_cast<const u32*>(shared + from); }
-
 __device__ __forceinline__ u32 component(const uint4& v, int i) {
   return i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w;
 }
@@ -117,9 +115,10 @@ __device__ __forceinline__ void sum_activations(u32 x, u32* to) {
 
 // total += the zeros' share of a stage. Lane % 4 says which tile of the stage a lane knows the metadata of: at `meta`,
 // unless the warp has not multiplied it. `sums`: of the stage.
-__device__ __forceinline__ void add_zeros(int tiles, u32 meta, bool known, u32 sums, Accumulators& total) {
+__device__ __forceinline__ void add_zeros(int tiles, u32 meta, bool known, const u32* sums,
+                                          Accumulators& total) {
   const int lane = threadIdx.x % WARP;
-  sums += (lane % 4 * SUM_PITCH + lane / 4) * 4;
+  sums += lane % 4 * SUM_PITCH + lane / 4;
 #pragma unroll
   for (int h = 0; h < HALVES; ++h) {
     u32 zeros[4][2];
@@ -136,7 +135,7 @@ __device__ __forceinline__ void add_zeros(int tiles, u32 meta, bool known, u32 s
 #pragma unroll
     for (int nt = 0; nt < NT; ++nt) {
       if (nt && nt >= tiles) break;
-      const u32 both = known ? load_word(sums + (h * SPAN * SUM_PITCH + nt * 8) * 4) : 0;
+      const u32 both = known ? sums[h * SPAN * SUM_PITCH + nt * 8] : 0;
       const u32 high = (both & 0xffff) | both << 16, low = (both >> 16) | (both & 0xffff0000);
 #pragma unroll
       for (int mt = 0; mt < 4; ++mt) {
