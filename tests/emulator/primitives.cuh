@@ -223,6 +223,7 @@ inline uint4 load_shared(u32 from) {
   std::memcpy(&v, shared + from, 16);
   return v;
 }
+inline uint4 load_shared_again(u32 from) { return load_shared(from); }
 
 inline void launch_dependents() {}
 inline void wait_for_primary() {}

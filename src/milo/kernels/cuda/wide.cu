@@ -69,24 +69,33 @@ __device__ __forceinline__ void count_up(int* counter) {
   if (threadIdx.x % WARP == 0) atomicAdd(counter, 1);
 }
 
+// The sums of one n8 tile. (A loop over them that is not unrolled keeps the code of what follows small.)
+__device__ __forceinline__ void pick(const Accumulators& total, int tile, float (&sums)[4][4]) {
+#pragma unroll
+  for (int nt = 0; nt < NT; ++nt) {
+    if (nt == tile) {
+#pragma unroll
+      for (int i = 0; i < 16; ++i) sums[i / 4][i % 4] = total[i / 4][nt][i % 4] * UNIT;
+    }
+  }
+}
+
 // Calls `f(pair, row, this sum, the sum 32 rows on)` for the sums of the first ROWS rows.
 template <int ROWS, typename F>
 __device__ __forceinline__ void for_results(const Part& part, const Accumulators& total, F f) {
   const int lane = threadIdx.x % WARP;
-#pragma unroll
-  for (int nt = 0; nt < NT; ++nt) {
+#pragma unroll 1
+  for (int nt = 0; nt * 8 < part.count; ++nt) {
+    float sums[4][4];
+    pick(total, nt, sums);
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       const int n = nt * 8 + lane % 4 * 2 + i;
       if (n >= part.count) continue;
       const long long pair = items().pairs[part.begin + n];
 #pragma unroll
-      for (int mt = 0; mt < ROWS / 16; ++mt) {
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          const float one = total[mt][nt][half * 2 + i], other = total[(mt + 2) % 4][nt][half * 2 + i];
-          f(pair, mt * 16 + half * 8 + lane / 4, one * UNIT, other * UNIT);
-        }
+      for (int j = 0; j < ROWS / 8; ++j) {
+        f(pair, j * 8 + lane / 4, sums[j / 2][j % 2 * 2 + i], sums[(j / 2 + 2) % 4][j % 2 * 2 + i]);
       }
     }
   }
@@ -135,29 +144,55 @@ __device__ __forceinline__ void zero_counters(int* counters) {
   for (int i = threadIdx.x; i < MILO_COUNTER_BYTES / 4; i += THREADS) counters[i] = 0;
 }
 
+// A warp's `count` tiles of a stage, for the first N n8 tiles of tokens. `x`: the activations of the first of them.
+template <int N>
+__device__ __forceinline__ void multiply_tiles(const Params& p, int number, int count, u32 x, u32 x_step,
+                                               Weights& weights, Accumulators& total) {
+  const u32 rows_at = weights.ring - threadIdx.x % WARP * 16 + threadIdx.x % WARP / 4 * 32;
+#pragma unroll 1
+  for (int left = count; left > 0; --left) {
+    weights.turn(p, number);
+    multiply<N>(weights.ring + weights.from, rows_at + Weights::meta_slot(weights.used), x, total);
+    weights.from = Weights::after(weights.from), ++weights.used;
+    x += x_step;
+  }
+}
+
+constexpr int STEP = NT > 4 ? 2 : 1;  // of the numbers of n8 tiles that there is code for
+static_assert(NT % STEP == 0);
+
+template <int N = NT>
+__device__ __forceinline__ void multiply_stage(const Params& p, int number, int token_tiles, int count, u32 x, u32 x_step,
+                                               Weights& weights, Accumulators& total) {
+  if constexpr (N > STEP) {
+    if (token_tiles <= N - STEP) {
+      return multiply_stage<N - STEP>(p, number, token_tiles, count, x, x_step, weights, total);
+    }
+  }
+  multiply_tiles<N>(p, number, count, x, x_step, weights, total);
+}
+
 template <int PARTS>
 __device__ __forceinline__ void work(const Params& p) {
   const int lane = lane_id(), warp = threadIdx.x / WARP;
   prepare(p);
   Weights weights(lane);
   Activations activations(lane);
-  weights.start(p, 0);
+  weights.ask(p, STAGES - 1);
   wait_for_primary();
   if (p.others && blockIdx.x == 0) zero_counters(p.others);
-  int known = described(0);
-  activations.ask(p, known);
+  activations.ask(p, weights.known);
   copy_commit();
   copy_wait<0>();
   if (activations.span) activations.finish();
-  activations.ask(p, known);
-  int since = 0;  // groups of copies that were committed since
-  const u32 rows_at = weights.ring - lane * 16 + lane / 4 * 32;
+  activations.ask(p, weights.known);
+  int since = 0;  // at most so many groups of copies were committed since
   const int parts = scratch().part_count;
   int stage = 0;
 #pragma unroll 1
   for (int number = 0; number < parts; ++number) {
     if (warp == 0) describe_more(p, number);
-    weights.known = known = described(number);
+    weights.known = described(number);
     const Part& part = scratch().parts[number % QUEUE];
     const Place place(part.rows);
     const int count = part.count, tiles = (count + 7) / 8, last = part.last;
@@ -166,28 +201,20 @@ __device__ __forceinline__ void work(const Params& p) {
     for (int kt = part.first; kt < last; kt += SPAN, ++stage) {
       if (activations.span) {  // the stage that follows
         if (since == 0) copy_commit(), since = 1;
-        wait_but_for<STAGES - 2>(since - 1);
+        wait_but_for<STAGES - 1>(since - 1);
         activations.finish();
       }
       wait_phase(&scratch().ready[stage % BUFFERS], stage / BUFFERS);
-      activations.ask(p, known);
-      since = 0;
-      const int span = place.active ? min(SPAN, last - kt) : 0, first_tile = weights.used;
-      u32 x = activations.x + Activations::buffer(stage) + place.way * X_BYTES;
-#pragma unroll 1
-      for (int k = place.way; k < span; k += 1 << place.log) {
-        if (weights.asked == weights.used) weights.start(p, number);
-        copy_wait<STAGES - 2>();
-        __syncwarp();  // other lanes copied metadata; and all are done with the slot that is filled next
-        weights.ask(p), ++since;
-        multiply_tile(tiles, weights.ring + weights.from, rows_at + weights.meta_slot(weights.used), x, total);
-        weights.from = Weights::after(weights.from), ++weights.used;
-        x += X_BYTES << place.log;
-      }
-      if (place.way < span) {
-        const int mine = lane % 4, order = mine >> place.log;
-        const bool has = mine < span && mine - (order << place.log) == place.way;
-        add_zeros(tiles, rows_at + weights.meta_slot(first_tile + order), has, Activations::sums(stage), total);
+      activations.ask(p, weights.known);
+      const int span = place.active ? min(SPAN, last - kt) : 0, first = weights.used;
+      since = max(0, span - place.way + (1 << place.log) - 1) >> place.log;  // this warp's tiles
+      if (since) {
+        const u32 x = activations.x + Activations::buffer(stage) + place.way * X_BYTES;
+        multiply_stage(p, number, tiles, since, x, X_BYTES << place.log, weights, total);
+        const int order = lane % 4 >> place.log;
+        const bool has = order < since && lane % 4 == place.way + (order << place.log);
+        const u32 meta = weights.ring - lane * 16 + lane / 4 * 32 + Weights::meta_slot(first + (has ? order : 0));
+        add_zeros(tiles, meta, has, Activations::sums(stage), total);
       }
     }
     if (place.log) add_ways(p, place, count, total);

@@ -3,10 +3,9 @@
 #pragma once
 #include "wide_tile.cuh"
 
-// A warp's ring of STAGES tiles, of which STAGES - 1 are on their way. There is one group of copies a tile that is used.
+// A warp's ring of STAGES tiles: one in use and the next ones on their way. There is one group of copies a tile.
 struct Weights {
   const char *codes, *meta;  // of the next tile (meta: of its row tile), at this lane
-  u64 policy;
   u32 ring;                  // at this lane's 16 bytes
   int kt = 0, last = 0, step = 1, meta_shift = 0;
   int next = 0;              // the part that comes next
@@ -14,59 +13,62 @@ struct Weights {
   int asked = 0, used = 0;   // tiles
   u32 to = 0, from = 0;      // slots of the ring for the next tile that is asked for and used
   bool dry = false;          // found none: starts again when all that it asked for is used
+  bool has_meta;             // this lane copies metadata
 
-  __device__ __forceinline__ explicit Weights(int lane) : policy(evict_first()), known(described(0)) {
+  __device__ __forceinline__ explicit Weights(int lane) : known(described(0)), has_meta(HALVES == 2 || lane < 16) {
     ring = shared_address(shared) + threadIdx.x / WARP * RING_BYTES + lane * 16;
   }
-  // Whether there is a tile for this warp; if its part has none left, in those that follow.
-  __device__ __forceinline__ bool find(const Params& p) {
-    if (kt < last) return true;
+  // The next part that has a tile for this warp.
+  __device__ __forceinline__ void find(const Params& p) {
+    if (dry) return;
     const int lane = threadIdx.x % WARP;
 #pragma unroll 1
     while (next < known) {
       const Part& part = scratch().parts[next++ % QUEUE];
       const Place place(part.rows);
-      kt = part.first + place.way, last = part.last;
-      if (!place.active || kt >= last) {
-        last = kt;
-        continue;
-      }
+      const int first = part.first + place.way;
+      if (!place.active || first >= part.last) continue;
       const Matrix& m = part.is_v() ? p.v : p.weights;
       const u64 row = part.row_tile + place.row;
-      step = 1 << place.log, meta_shift = m.meta_shift;
+      kt = first, last = part.last, step = 1 << place.log, meta_shift = m.meta_shift;
       codes = m.codes + (row * m.ktiles + kt) * CODE_BYTES + lane * 16;
       meta = m.meta + row * m.groups * META_BYTES + lane * 16;
-      return true;
+      return;
     }
-    return false;
+    dry = true;
   }
-  __device__ __forceinline__ u32 meta_slot(int tile) const {
+  static __device__ __forceinline__ u32 meta_slot(int tile) {
     return STAGES * CODE_BYTES + static_cast<u32>(tile) % META_SLOTS * META_BYTES;
-  }
-  // The next tile into the ring.
-  __device__ __forceinline__ void ask(const Params& p) {
-    if (!dry && find(p)) {
-#pragma unroll
-      for (int j = 0; j < BITS; ++j) copy_weights(ring + to + j * 512, codes + j * 512, policy);
-      if (HALVES == 2 || threadIdx.x % WARP < 16) {
-        copy_weights(ring + meta_slot(asked), meta + (kt >> meta_shift) * META_BYTES, policy);
-      }
-      codes += step * CODE_BYTES, kt += step, ++asked;
-      to = after(to);
-    } else {
-      dry = true;
-    }
-    copy_commit();
-  }
-  // Begin, or begin again at the part of this number.
-  __device__ __forceinline__ void start(const Params& p, int number) {
-    if (next <= number) next = number, last = kt;
-    dry = false;
-#pragma unroll 1
-    for (int i = 0; i < STAGES - 1; ++i) ask(p);
   }
   static __device__ __forceinline__ u32 after(u32 slot) {
     return slot == (STAGES - 1) * CODE_BYTES ? 0 : slot + CODE_BYTES;
+  }
+  // The next `tiles` into the ring.
+  __device__ __forceinline__ void ask(const Params& p, int tiles) {
+#pragma unroll 1
+    do {
+      if (kt >= last) find(p);
+      if (kt < last) {
+#pragma unroll
+        for (int j = 0; j < BITS; ++j) copy_weights(ring + to + j * 512, codes + j * 512, evict_first());
+        if (has_meta) copy_weights(ring + meta_slot(asked), meta + (kt >> meta_shift) * META_BYTES, evict_first());
+        codes += step * CODE_BYTES, kt += step, ++asked;
+        to = after(to);
+      }
+      copy_commit();
+    } while (--tiles > 0);
+  }
+  // The part of this number has a tile that is used next: see that it is there, and ask for one more. (Into the slot that
+  // was used last: its codes were each lane's own, and metadata have slots enough.)
+  __device__ __forceinline__ void turn(const Params& p, int number) {
+    int tiles = 1;
+    if (asked == used) {  // begin again
+      if (next <= number) next = number, last = kt;
+      dry = false, tiles = STAGES;
+    }
+    ask(p, tiles);
+    copy_wait<STAGES - 1>();
+    __syncwarp();  // other lanes copied metadata
   }
 };
 

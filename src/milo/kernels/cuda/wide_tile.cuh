@@ -13,8 +13,8 @@ __device__ __forceinline__ u32 component(const uint4& v, int i) {
 
 // A float as the sum of two bf16, the larger in the low half.
 __device__ __forceinline__ u32 split(float f) {
-  const u32 high = pair_bf16(f, 0);
-  return high | pair_bf16(0, f - from_bf16(static_cast<u16>(high)));
+  const float high = from_bf16(static_cast<u16>(pair_bf16(f, 0)));
+  return pair_bf16(high, f - high);
 }
 
 // total += the product of the first N n8 tiles of tokens, but for the zeros. `codes`, `x`: where the tile and its
@@ -22,8 +22,9 @@ __device__ __forceinline__ u32 split(float f) {
 template <int N>
 __device__ __forceinline__ void multiply(u32 codes, u32 meta, u32 x, Accumulators& total) {
   constexpr bool HELD = N <= 4;         // activations stay in registers; else two blocks of 16 rows are decoded at once
-  constexpr int BLOCKS = HELD ? 1 : 2;  // so that they are read only twice
-  uint4 words[BITS], scales[HALVES][2], held[HELD ? N : 1][2];
+  constexpr int BLOCKS = HELD ? 1 : 2;  // so that they are read only twice, 16 tokens at a time
+  constexpr int GROUP = HELD ? N : 2;   // n8 tiles
+  uint4 words[BITS], scales[HALVES][2], x_words[GROUP][2];
 #pragma unroll
   for (int j = 0; j < BITS; ++j) words[j] = load_shared(codes + j * 512);
 #pragma unroll
@@ -31,14 +32,17 @@ __device__ __forceinline__ void multiply(u32 codes, u32 meta, u32 x, Accumulator
 #pragma unroll
     for (int i = 0; i < 2; ++i) scales[h][i] = load_shared(meta + h * 256 + i * 16);
   }
-  auto load_x = [&](int nt, uint4 (&to)[2]) {
+  auto load_x = [&](int first) {
 #pragma unroll
-    for (int half = 0; half < 2; ++half) to[half] = load_shared(x + nt * 1024 + half * 512);
+    for (int nt = 0; nt < GROUP; ++nt) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const u32 at = x + (first + nt) * 1024 + half * 512;
+        x_words[nt][half] = HELD ? load_shared(at) : load_shared_again(at);
+      }
+    }
   };
-  if constexpr (HELD) {
-#pragma unroll
-    for (int nt = 0; nt < N; ++nt) load_x(nt, held[nt]);
-  }
+  if constexpr (HELD) load_x(0);
 #pragma unroll
   for (int first = 0; first < 4; first += BLOCKS) {
     u32 pairs[BLOCKS][16];
@@ -59,36 +63,34 @@ __device__ __forceinline__ void multiply(u32 codes, u32 meta, u32 x, Accumulator
       }
     }
 #pragma unroll
-    for (int nt = 0; nt < N; ++nt) {
-      if constexpr (!HELD) load_x(nt, held[0]);
-      const uint4(&at)[2] = held[HELD ? nt : 0];
+    for (int group = 0; group < N; group += GROUP) {
+      if constexpr (!HELD) load_x(group);
+      float d[BLOCKS][GROUP][HALVES][4] = {};
+      auto for_all = [&](auto f) {
 #pragma unroll
-      for (int b = 0; b < BLOCKS; ++b) {
-        float d[HALVES][4] = {};
+        for (int nt = 0; nt < GROUP; ++nt) {
 #pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          mma<B16>(d[half % HALVES], pairs[b] + half * 8, at[half].x, at[half].y);
-          mma<B16>(d[half % HALVES], pairs[b] + half * 8 + 4, at[half].z, at[half].w);
+          for (int b = 0; b < BLOCKS; ++b) f(b, nt);
         }
+      };
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {  // one product after the other of as many sums as there are
+        for_all([&](int b, int nt) {
+          mma<B16>(d[b][nt][half % HALVES], pairs[b] + half * 8, x_words[nt][half].x, x_words[nt][half].y);
+        });
+        for_all([&](int b, int nt) {
+          mma<B16>(d[b][nt][half % HALVES], pairs[b] + half * 8 + 4, x_words[nt][half].z, x_words[nt][half].w);
+        });
+      }
+      for_all([&](int b, int nt) {
 #pragma unroll
         for (int h = 0; h < HALVES; ++h) {
 #pragma unroll
-          for (int i = 0; i < 4; ++i) total[first + b][nt][i] += scale[b][h][i / 2] * d[h][i];
+          for (int i = 0; i < 4; ++i) total[first + b][group + nt][i] += scale[b][h][i / 2] * d[b][nt][h][i];
         }
-      }
+      });
     }
   }
-}
-
-constexpr int STEP = NT > 4 ? 2 : 1;  // of the numbers of n8 tiles that there is code for
-static_assert(NT % STEP == 0);
-
-template <int N = NT>
-__device__ __forceinline__ void multiply_tile(int tiles, u32 codes, u32 meta, u32 x, Accumulators& total) {
-  if constexpr (N > STEP) {
-    if (tiles <= N - STEP) return multiply_tile<N - STEP>(tiles, codes, meta, x, total);
-  }
-  multiply<N>(codes, meta, x, total);
 }
 
 // The sums of x over the groups of a tile for 8 tokens; `x`: their activations, at this lane's 16 bytes, `to`: the words
@@ -113,8 +115,8 @@ __device__ __forceinline__ void sum_activations(u32 x, u32* to) {
   }
 }
 
-// total += the zeros' share of a stage. Lane % 4 says which tile of the stage a lane knows the metadata of: at `meta`,
-// unless the warp has not multiplied it. `sums`: of the stage.
+// total += the zeros' share of a stage. Lane % 4 says which tile of the stage a lane has the metadata of, at `meta`, unless
+// the warp has not multiplied it (`known`; `meta` is then some other's). `sums`: of the stage.
 __device__ __forceinline__ void add_zeros(int tiles, u32 meta, bool known, const u32* sums,
                                           Accumulators& total) {
   const int lane = threadIdx.x % WARP;
@@ -129,7 +131,7 @@ __device__ __forceinline__ void add_zeros(int tiles, u32 meta, bool known, const
       for (int j = 0; j < 4; ++j) {
         const u32 both = component(four, j);
         const float scale = from_fp16(static_cast<u16>(both)), zero = from_fp16(static_cast<u16>(both >> 16));
-        zeros[i * 2 + j / 2][j % 2] = known ? split(scale * (-BASE<B16> - (1 << P<B16, BITS>) * zero)) : 0;
+        zeros[i * 2 + j / 2][j % 2] = split(scale * (-BASE<B16> - (1 << P<B16, BITS>) * zero));
       }
     }
 #pragma unroll
