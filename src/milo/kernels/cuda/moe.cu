@@ -176,8 +176,8 @@ __device__ __forceinline__ void add(const Params& p, const Part& part, const flo
 template <bool ITEM_FIRST>
 __device__ __forceinline__ void prepare(const Params& p) {
   const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
-  int* counts = reinterpret_cast<int*>(reduction());
-  u32* sizes = reinterpret_cast<u32*>(counts + MILO_EXPERTS);
+  auto& memory = *reinterpret_cast<Items::Sorting*>(reduction());
+  u32* sizes = memory.spare;
   const bool compensated = p.compensator.t_stride > 0;
   auto gather_tables = [&](int thread, int threads) {
     if (compensated) {
@@ -196,7 +196,7 @@ __device__ __forceinline__ void prepare(const Params& p) {
     items().build_plain(p.routing);
     gather_tables(threadIdx.x, THREADS);
   } else if (p.routing.pairs > WARP) {
-    items().build(p.routing, p.row_divisor, counts, gather_tables);
+    items().build(p.routing, p.row_divisor, &memory, gather_tables);
   } else if (warp == 0) {
     items().build_small(lane < p.routing.pairs ? local_expert(p.routing, lane) : -1, p.row_divisor);
   } else {

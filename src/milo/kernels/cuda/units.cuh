@@ -38,7 +38,7 @@ __device__ __forceinline__ int place_in(int number) {
 constexpr int ADDED_TOKENS = 8, ADDED_PAIRS = 128;  // at most, where a block adds items up
 constexpr int RING_BYTES = WARPS * STAGES * STAGE_BYTES;
 constexpr int REDUCE_BYTES = BUFFERS * WARPS * SLICE * 4;
-static_assert(REDUCE_BYTES >= MILO_EXPERTS * 8, "routing borrows the reduction's memory for two words an expert");
+static_assert(REDUCE_BYTES >= Items::sorting_bytes(WARPS), "routing borrows the reduction's memory");
 
 // What a block does: the first `v_parts` of its `parts` are V's.
 struct Stretch {

@@ -50,7 +50,7 @@ struct Scratch {
 constexpr int X_AT = WARPS * RING_BYTES, SUMS_AT = X_AT + BUFFERS * SPAN * X_BYTES;
 constexpr int SCRATCH_AT = SUMS_AT + BUFFERS * SUM_WORDS * 4;
 static_assert(SCRATCH_AT + sizeof(Scratch) <= MILO_SHARED_BYTES, "the host allocates less");
-static_assert(BUFFERS * SPAN * X_BYTES >= MILO_EXPERTS * 8, "routing borrows this memory for two words an expert");
+static_assert(BUFFERS * SPAN * X_BYTES >= Items::sorting_bytes(WARPS), "routing borrows the activations' memory");
 
 __device__ __forceinline__ Scratch& scratch() { return *reinterpret_cast<Scratch*>(shared + SCRATCH_AT); }
 __device__ __forceinline__ Items& items() { return scratch().items; }
@@ -154,8 +154,8 @@ __device__ __forceinline__ void describe_more(const Params& p, int number) {
 }
 
 __device__ __forceinline__ void prepare(const Params& p) {
-  int* counts = reinterpret_cast<int*>(shared + X_AT);
-  u32* sizes = reinterpret_cast<u32*>(counts + MILO_EXPERTS);
+  auto& memory = *reinterpret_cast<Items::Sorting*>(shared + X_AT);
+  u32* sizes = memory.spare;
   const bool compensated = p.compensator.t_stride > 0;
   auto gather = [&](int thread, int threads) {  // groups of V's row tiles, and steps of U
     if (!compensated) return;
@@ -166,7 +166,7 @@ __device__ __forceinline__ void prepare(const Params& p) {
     }
   };
   if (p.routing.ids) {
-    items().build(p.routing, p.row_divisor, counts, gather);
+    items().build(p.routing, p.row_divisor, &memory, gather);
   } else {
     items().build_plain(p.routing);
     gather(threadIdx.x, THREADS);
