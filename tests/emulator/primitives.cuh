@@ -224,6 +224,7 @@ inline uint4 load_shared(u32 from) {
   return v;
 }
 inline uint4 load_shared_again(u32 from) { return load_shared(from); }
+inline void prefetch(const void*) {}
 
 inline void launch_dependents() {}
 inline void wait_for_primary() {}

@@ -146,7 +146,7 @@ class Wide(Config):
 CONFIGS: tuple[Config, ...] = (
     Config(1, 8, 3, 2, 512),
     Wide(2, 8, 3, 2, 2048), Wide(3, 12, 4, 1, 4096), Wide(4, 12, 4, 1, 4096),
-    Wide(6, 8, 4, 1, 4096), Wide(8, 8, 3, 1, 4096),
+    Wide(6, 8, 4, 1, 4096), Wide(8, 8, 3, 1, 3072),
 )  # fmt: skip
 
 

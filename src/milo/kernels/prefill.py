@@ -13,7 +13,8 @@ from milo.kernels.layout import TILE, PackedMatrix
 from milo.kernels.packed_reference import ACTIVATIONS
 from milo.kernels.parameters import Matrix, Routing
 
-MIN_MEAN_TOKENS = 24  # an expert, from which on these kernels are faster than decode's
+MIN_MEAN_TOKENS = 52  # an expert, from which on these kernels are faster than decode's; up to there most fit into 64
+_MIN_TOKENS = 65  # a linear's, likewise
 WIDTH = 160  # the most tokens of a work item; sums of more would not fit the registers
 _WIDTH_STEP = 8
 _MAX_STAGES = 8
@@ -39,7 +40,7 @@ def supports(device: torch.device, dtype: torch.dtype, experts: int = 1, topk: i
 
 def prefers(tokens: int, topk: int, experts: int) -> bool:
     """Whether so many tokens are worth these kernels; `experts`: all that the router chooses from, 1 for a linear."""
-    return tokens * topk >= MIN_MEAN_TOKENS * experts and tokens >= 2 * MIN_MEAN_TOKENS
+    return tokens * topk >= MIN_MEAN_TOKENS * experts and tokens >= _MIN_TOKENS
 
 
 class Preparation(ctypes.Structure):

@@ -4,13 +4,13 @@
 
 constexpr int SPLITS = 4;  // of V's K, at most
 
-// total += U t, in its units, for the steps first, first + stride, ... PARTS = 2: rows 0-31 use gate's t and rows 32-63 up's.
-// A step is read while nothing waits for it yet; t is complete when V's counter says so.
+// total += U t, in its units, for the steps first, first + stride, ... `entry`: of the compensators' table. PARTS = 2: rows
+// 0-31 use gate's t and rows 32-63 up's. A step is read while nothing waits for it yet; t is complete when V's counter
+// says so.
 template <int PARTS>
-__device__ __forceinline__ void add_factors(const Params& p, const Part& part, int first, int stride,
+__device__ __forceinline__ void add_factors(const Params& p, const Part& part, const int4& entry, int first, int stride,
                                             Accumulators& total) {
   const Compensator& c = p.compensator;
-  const int4 entry = __ldg(c.table + items().expert[part.item]);
   const int lane = threadIdx.x % WARP, steps = entry.w;
   bool complete = false;
 #pragma unroll 1
@@ -27,13 +27,13 @@ __device__ __forceinline__ void add_factors(const Params& p, const Part& part, i
         scales[side][i] = __ldg(reinterpret_cast<const u32*>(from));
       }
     }
+    if (!complete) wait_until(counters(p).v_done + part.item, entry.y * c.t_splits);
+    complete = true;
     decode<true, 3>(words, pairs);
     constexpr float unit = 1.0f / (1 << P<true, 3>);
     constexpr u32 eighth = pattern<true>(unit), shift = pattern<true>(-(BASE<true> * unit + 4));
 #pragma unroll
     for (int i = 0; i < 16; ++i) pairs[i] = fma2<true>(pairs[i], eighth, shift);
-    if (!complete) wait_until(counters(p).v_done + part.item, entry.y * c.t_splits);
-    complete = true;
 #pragma unroll
     for (int nt = 0; nt < NT; ++nt) {
       if (nt * 8 < part.count) {
@@ -47,7 +47,9 @@ __device__ __forceinline__ void add_factors(const Params& p, const Part& part, i
           for (int i = 0; i < 2; ++i) {
 #pragma unroll
             for (int s = 0; s < SPLITS; ++s) {
-              const long long row = min(s, c.t_splits - 1) * static_cast<long long>(p.routing.pairs) + pair;
+              t[i][s] = {0, 0};
+              if (s >= c.t_splits) continue;
+              const long long row = s * static_cast<long long>(p.routing.pairs) + pair;
               const int k = (side * steps + step) * 16 + 8 * i + lane % 4 * 2;
               t[i][s] = __ldcg(reinterpret_cast<const float2*>(c.t + row * c.t_stride + k));
             }
@@ -56,9 +58,7 @@ __device__ __forceinline__ void add_factors(const Params& p, const Part& part, i
           for (int i = 0; i < 2; ++i) {
             float a = 0, b = 0;
 #pragma unroll
-            for (int s = 0; s < SPLITS; ++s) {
-              if (s < c.t_splits) a += t[i][s].x, b += t[i][s].y;
-            }
+            for (int s = 0; s < SPLITS; ++s) a += t[i][s].x, b += t[i][s].y;
             a *= 1 / UNIT * from_fp16(static_cast<u16>(scales[side][i]));
             b *= 1 / UNIT * from_fp16(static_cast<u16>(scales[side][i] >> 16));
             high[i] = pair_bf16(a, b);

@@ -255,7 +255,8 @@ __device__ __forceinline__ void work(const Params& p) {
     }
     if (part.u_steps > ALONE || (part.u_steps && place == WARPS - 1)) {
       const bool alone = part.u_steps <= ALONE;
-      add_factors<PARTS>(p, part, alone ? 0 : place, alone ? 1 : WARPS, total);
+      const int4 entry = __ldg(p.compensator.table + items().expert[part.item]);
+      add_factors<PARTS>(p, part, entry, alone ? 0 : place, alone ? 1 : WARPS, total);
     }
     const int buffer = number % BUFFERS, phase = number / BUFFERS;
     float* slices = reduction() + buffer * WARPS * SLICE;

@@ -56,6 +56,8 @@ __device__ __forceinline__ uint4 load_shared_again(u32 from) {
   return v;
 }
 
+__device__ __forceinline__ void prefetch(const void* from) { asm volatile("prefetch.global.L2 [%0];" ::"l"(from)); }
+
 // Programmatic dependent launch; both are no-ops where the launch does not use it (and below sm_90).
 __device__ __forceinline__ void launch_dependents() {
 #if __CUDA_ARCH__ >= 900

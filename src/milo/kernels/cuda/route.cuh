@@ -88,7 +88,19 @@ struct Table {
     // Behind this: pairs an expert in a warp's run of the pairs, then in the runs before.
     __device__ __forceinline__ short* ahead(int warp) { return reinterpret_cast<short*>(this + 1) + warp * MAX_EXPERTS; }
   };
-  static constexpr int sorting_bytes(int warps) { return sizeof(Sorting) + warps * MAX_EXPERTS * 2; }
+  static __device__ constexpr int sorting_bytes(int warps) { return sizeof(Sorting) + warps * MAX_EXPERTS * 2; }
+
+  // Calls `f(pair, its expert, lanes with the same expert)` for a warp's run of the pairs.
+  template <typename F>
+  static __device__ __forceinline__ void for_run(const short* experts, int first, int last, F f) {
+    const int lane = threadIdx.x % WARP;
+#pragma unroll 1
+    for (int i = first; i < last; i += WARP) {
+      const int e = i + lane < last ? experts[i + lane] : -1;
+      f(i + lane, e, __match_any_sync(~0u, e));
+      __syncwarp();
+    }
+  }
 
   // Sorts by counting: each warp has a run of the pairs. All threads of the block call this; at first the upper half of
   // them does what `meanwhile(thread, threads)` says while the lower half waits for ids.
@@ -109,15 +121,7 @@ struct Table {
     __syncthreads();
     const int run = ((r.pairs + WARP - 1) / WARP + warps - 1) / warps * WARP;
     const int first = warp * run, last = min(first + run, r.pairs);
-    auto for_run = [&](auto f) {  // calls f(pair, its expert, lanes with the same expert)
-#pragma unroll 1
-      for (int i = first; i < last; i += WARP) {
-        const int e = i + lane < last ? s.experts[i + lane] : -1;
-        f(i + lane, e, __match_any_sync(~0u, e));
-        __syncwarp();
-      }
-    };
-    for_run([&](int, int e, u32 same) {
+    for_run(s.experts, first, last, [&](int, int e, u32 same) {
       if (e >= 0 && __ffs(same) - 1 == lane) ahead[e] += static_cast<short>(__popc(same));
     });
     __syncthreads();
@@ -135,7 +139,7 @@ struct Table {
     __syncthreads();
     if (warp == 0) list(r.experts, s.counts);
     __syncthreads();
-    for_run([&](int pair, int e, u32 same) {
+    for_run(s.experts, first, last, [&](int pair, int e, u32 same) {
       const int at = e >= 0 ? s.counts[e] + ahead[e] : 0;
       __syncwarp();
       if (e < 0) return;

@@ -101,6 +101,16 @@ __device__ __forceinline__ void for_results(const Part& part, const Accumulators
   }
 }
 
+// Bring U's share of a row tile, which is due at the end of this part, nearer.
+template <int PARTS>
+__device__ __forceinline__ void fetch_factors(const Params& p, const Part& part, int row) {
+  if (part.is_v() || part.first) return;
+  const int lane = threadIdx.x % WARP, steps = part.u_steps;
+  const long long at = part.u_first + static_cast<long long>(part.group + row) * steps;
+  for (int i = lane; i < steps * 3; i += WARP) prefetch(p.compensator.u_codes + (at * 3 + i) * WARP);
+  for (int i = lane; i * 4 < steps * PARTS; i += WARP) prefetch(p.compensator.u_scales + (at * PARTS + i * 4) * 16);
+}
+
 // A warp's row tile of a unit or of a piece of one, `part` being that row tile's.
 template <int PARTS>
 __device__ __forceinline__ void finish(const Params& p, const Part& part, int rows, Accumulators& total) {
@@ -116,7 +126,8 @@ __device__ __forceinline__ void finish(const Params& p, const Part& part, int ro
     count_up(counters(p).carried + blockIdx.x);
     return;
   }
-  if (p.compensator.t_stride) add_factors<PARTS>(p, part, 0, 1, total);
+  const int4 factors = make_int4(0, part.v_tiles, part.u_first, part.u_steps);
+  add_factors<PARTS>(p, part, factors, 0, 1, total);
   if (part.last != p.weights.ktiles) {
     const Cut& cut = scratch().cut;
 #pragma unroll 1
@@ -188,14 +199,15 @@ __device__ __forceinline__ void work(const Params& p) {
   activations.ask(p, weights.known);
   int since = 0;  // at most so many groups of copies were committed since
   const int parts = scratch().part_count;
-  int stage = 0;
+  u32 stage = 0;
 #pragma unroll 1
   for (int number = 0; number < parts; ++number) {
     if (warp == 0) describe_more(p, number);
     weights.known = described(number);
-    const Part& part = scratch().parts[number % QUEUE];
+    const Part& part = scratch().parts[static_cast<u32>(number) % QUEUE];
     const Place place(part.rows);
     const int count = part.count, tiles = (count + 7) / 8, last = part.last;
+    if (place.active && !place.way) fetch_factors<PARTS>(p, part, place.row);
     Accumulators total = {};
 #pragma unroll 1
     for (int kt = part.first; kt < last; kt += SPAN, ++stage) {
@@ -204,7 +216,7 @@ __device__ __forceinline__ void work(const Params& p) {
         wait_but_for<STAGES - 1>(since - 1);
         activations.finish();
       }
-      wait_phase(&scratch().ready[stage % BUFFERS], stage / BUFFERS);
+      wait_phase(&scratch().ready[stage % BUFFERS], static_cast<int>(stage / BUFFERS));
       activations.ask(p, weights.known);
       const int span = place.active ? min(SPAN, last - kt) : 0, first = weights.used;
       since = max(0, span - place.way + (1 << place.log) - 1) >> place.log;  // this warp's tiles

@@ -31,6 +31,8 @@ struct alignas(16) Part {
   short item, group;   // group: the first row tile, among its expert's
   short rows, split;   // row tiles; the run of K of V x, or -1
   short begin, count;  // of the item's pairs
+  int u_first;         // the expert's entry of the compensators' table
+  short v_tiles, u_steps;
 
   __device__ __forceinline__ bool is_v() const { return split >= 0; }
 };
@@ -107,6 +109,7 @@ __device__ __forceinline__ void describe(const Params& p, int base) {
   if (at >= s.part_count) return;
   Part part;
   part.split = -1, part.end = 0;
+  int4 entry = {};
   int number;
   if (at < s.v_parts) {
     const Quotient group = divide(blockIdx.x + at * gridDim.x, p.compensator.t_splits);
@@ -117,7 +120,7 @@ __device__ __forceinline__ void describe(const Params& p, int base) {
       if (items().v_end[middle] > group.q) last = middle; else first = middle + 1;
     }
     number = first;
-    const int4 entry = __ldg(p.compensator.table + items().expert[number]);
+    entry = __ldg(p.compensator.table + items().expert[number]);
     const int row = (group.q - (first ? items().v_end[first - 1] : 0)) * WARPS;
     part.group = static_cast<short>(row), part.rows = static_cast<short>(min(WARPS, entry.y - row));
     part.row_tile = entry.x + row;
@@ -134,12 +137,14 @@ __device__ __forceinline__ void describe(const Params& p, int base) {
     part.group = static_cast<short>(row), part.rows = static_cast<short>(min(WARPS, p.row_tiles - row));
     part.row_tile = items().expert[number] * p.row_tiles + row;
     const int log = log_ways(part.rows);
+    if (p.compensator.t_stride) entry = __ldg(p.compensator.table + items().expert[number]);
     part.first = static_cast<short>(max(s.start - start, 0) << log);
     part.last = static_cast<short>(min((min(s.end, part.end) - start) << log, p.weights.ktiles));
   }
   const Item item = items()[number];
   part.item = static_cast<short>(number);
   part.begin = static_cast<short>(item.begin), part.count = static_cast<short>(item.count);
+  part.v_tiles = static_cast<short>(entry.y), part.u_first = entry.z, part.u_steps = static_cast<short>(entry.w);
   scratch().parts[at % QUEUE] = part;
 }
 

@@ -24,7 +24,7 @@ struct Weights {
     const int lane = threadIdx.x % WARP;
 #pragma unroll 1
     while (next < known) {
-      const Part& part = scratch().parts[next++ % QUEUE];
+      const Part& part = scratch().parts[static_cast<u32>(next++) % QUEUE];
       const Place place(part.rows);
       const int first = part.first + place.way;
       if (!place.active || first >= part.last) continue;
@@ -86,7 +86,7 @@ struct Activations {
   int next = 0;                  // the part that comes next
   int kt = 0, last = 0, begin = 0, count = 0;
   int span = 0, tiles = 0;       // of the stage that was asked for last: tiles along K, n8 tiles of tokens
-  int number = 0;                // stages that were asked for
+  u32 number = 0;                // stages that were asked for
 
   __device__ __forceinline__ explicit Activations(int lane)
       : x(shared_address(shared) + X_AT + lane * 16) {}
@@ -100,8 +100,8 @@ struct Activations {
       if (k < span && nt < tiles) f(k, nt);
     }
   }
-  static __device__ __forceinline__ u32 buffer(int stage) { return stage % BUFFERS * SPAN * X_BYTES; }
-  static __device__ __forceinline__ u32* sums(int stage) {
+  static __device__ __forceinline__ u32 buffer(u32 stage) { return stage % BUFFERS * SPAN * X_BYTES; }
+  static __device__ __forceinline__ u32* sums(u32 stage) {
     return reinterpret_cast<u32*>(shared + SUMS_AT) + stage % BUFFERS * SUM_WORDS;
   }
 
@@ -111,7 +111,7 @@ struct Activations {
     span = 0;
     if (kt >= last) {
       if (next >= known) return;
-      const Part& part = scratch().parts[next++ % QUEUE];
+      const Part& part = scratch().parts[static_cast<u32>(next++) % QUEUE];
       kt = part.first, last = part.last, begin = part.begin, count = part.count;
     }
     span = min(SPAN, last - kt), tiles = (count + 7) / 8;
@@ -128,7 +128,7 @@ struct Activations {
   }
   // What this warp asked for last has arrived: sum it up, and say so.
   __device__ __forceinline__ void finish() const {
-    const int stage = number - 1;
+    const u32 stage = number - 1;
     for_runs([&](int k, int nt) {
       sum_activations(x + buffer(stage) + k * X_BYTES + nt * 1024, sums(stage) + k * SUM_PITCH + nt * 8);
     });

@@ -17,6 +17,16 @@ __device__ __forceinline__ u32 split(float f) {
   return pair_bf16(high, f - high);
 }
 
+// Calls `f(block of 16 rows, n8 tile)`.
+template <int BLOCKS, int TILES, typename F>
+__device__ __forceinline__ void for_all(F f) {
+#pragma unroll
+  for (int nt = 0; nt < TILES; ++nt) {
+#pragma unroll
+    for (int b = 0; b < BLOCKS; ++b) f(b, nt);
+  }
+}
+
 // total += the product of the first N n8 tiles of tokens, but for the zeros. `codes`, `x`: where the tile and its
 // activations are, at this lane's 16 bytes; `meta`: the metadata of this lane's rows.
 template <int N>
@@ -66,23 +76,16 @@ __device__ __forceinline__ void multiply(u32 codes, u32 meta, u32 x, Accumulator
     for (int group = 0; group < N; group += GROUP) {
       if constexpr (!HELD) load_x(group);
       float d[BLOCKS][GROUP][HALVES][4] = {};
-      auto for_all = [&](auto f) {
-#pragma unroll
-        for (int nt = 0; nt < GROUP; ++nt) {
-#pragma unroll
-          for (int b = 0; b < BLOCKS; ++b) f(b, nt);
-        }
-      };
 #pragma unroll
       for (int half = 0; half < 2; ++half) {  // one product after the other of as many sums as there are
-        for_all([&](int b, int nt) {
+        for_all<BLOCKS, GROUP>([&](int b, int nt) {
           mma<B16>(d[b][nt][half % HALVES], pairs[b] + half * 8, x_words[nt][half].x, x_words[nt][half].y);
         });
-        for_all([&](int b, int nt) {
+        for_all<BLOCKS, GROUP>([&](int b, int nt) {
           mma<B16>(d[b][nt][half % HALVES], pairs[b] + half * 8 + 4, x_words[nt][half].z, x_words[nt][half].w);
         });
       }
-      for_all([&](int b, int nt) {
+      for_all<BLOCKS, GROUP>([&](int b, int nt) {
 #pragma unroll
         for (int h = 0; h < HALVES; ++h) {
 #pragma unroll
