@@ -1,4 +1,4 @@
-"""Launching `cuda/moe.cu` and `cuda/wide.cu`: an MoE FFN or a linear for few tokens an expert, correct for any number."""
+"""Launching `cuda/moe.cu` and `cuda/wide.cu`: an MoE FFN or a linear for few tokens an expert, correct for any."""
 
 from __future__ import annotations
 

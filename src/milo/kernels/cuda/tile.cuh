@@ -51,10 +51,6 @@ struct Loader {
   __device__ __forceinline__ bool whole(int kt) const { return kt * 64 + 32 < in_features; }
 };
 
-__device__ __forceinline__ u32 component(const uint4& v, int i) {
-  return i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w;
-}
-
 // What a tile is multiplied by the first N n8 tiles of tokens with. `at`: its place in the ring, at this lane's 16 bytes;
 // `meta_at`: at the metadata of this lane's rows.
 template <int N>

@@ -7,10 +7,6 @@
 #pragma once
 #include "wide.cuh"
 
-__device__ __forceinline__ u32 component(const uint4& v, int i) {
-  return i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w;
-}
-
 // A float as the sum of two bf16, the larger in the low half.
 __device__ __forceinline__ u32 split(float f) {
   const float high = from_bf16(static_cast<u16>(pair_bf16(f, 0)));
