@@ -19,7 +19,6 @@ MAX_V_SPLITS = 4  # runs of K in which V x is computed
 _QUEUE = 128 * 32 + 96  # bytes of a block's queue of parts, and what goes with it
 _WIDE_QUEUE = 64 * 32 + 128
 _WIDE_V_TILES = 32  # tiles along K of a part of V, at least
-_WIDE_START = 2  # ticks that a part of V takes beyond its tiles
 _WIDE_LEAST = 6  # ticks that are worth a block
 _RESERVED = 1024  # bytes of shared memory that a block takes beyond its own
 
@@ -78,6 +77,11 @@ class Config:
         ring = self.warps * self.stages * (bits * 512 + halves * 256 + self.token_tiles * 1024)
         reduction = 2 * self.warps * self.tokens * 256
         return ring + reduction + self.table_bytes + 4 * ADDED_PAIRS + 256 * ADDED_TOKENS + _QUEUE
+
+    @property
+    def sum_bytes(self) -> int:
+        """Of a sum that `down` leaves for `combine`."""
+        return 2 if self.token_tiles > 4 else 4
 
     def carry_bytes(self, slots: int) -> int:
         """Memory for sums that cross from block to block."""
@@ -138,7 +142,7 @@ class Wide(Config):
         groups, rest = divmod(row_tiles, self.warps)
         ticks = items * (groups * k_tiles + (self._ticks(rest, k_tiles) if rest else 0))
         splits = self.v_splits(k_tiles)
-        v_cost = self._ticks(min(v_tiles, self.warps), -(-k_tiles // splits)) + _WIDE_START
+        v_cost = self._ticks(min(v_tiles, self.warps), -(-k_tiles // splits))
         ticks += items * math.ceil(v_tiles / self.warps) * splits * v_cost
         return Cut(max(1, min(slots, math.ceil(ticks / _WIDE_LEAST))), 0, v_cost)
 

@@ -38,7 +38,7 @@ struct Params {
   Compensator compensator;
   const u16* x;
   void* out;             // gate_up: h [pairs, I]; down: y [tokens, N]; 16-bit
-  float* partial;        // down, where combine follows: [pairs][64 * row_tiles]
+  void* partial;         // down, where combine follows: [pairs][64 * row_tiles], see combine.cuh
   float* carry;          // sums that another block finishes: moe.cu [blocks][SLICE or 64 * tokens]; wide.cu, see there
   const void* choice_weights;  // [pairs]; null: ones
   const u16* bias;       // down: [N] or null

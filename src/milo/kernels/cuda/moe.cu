@@ -102,7 +102,7 @@ __device__ __forceinline__ void write_unit(const Params& p, const Part& part, co
       const int column = part.group * RUN + row;
       static_cast<u16*>(p.out)[pair * p.rows + column] = round_to_16<B16>(activate(p.activation, one) * up);
     } else {
-      __stcg(p.partial + pair * (p.row_tiles * 64) + part.group * 64 + row, one);
+      leave_sum(p, pair * (p.row_tiles * 64) + part.group * 64 + row, static_cast<int>(pair), one);
     }
   });
 }

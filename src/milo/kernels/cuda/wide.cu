@@ -143,9 +143,9 @@ __device__ __forceinline__ void finish(const Params& p, const Part& part, int ro
       h[pair * p.rows + row] = round_to_16<B16>(activate(p.activation, gate) * up);
     });
   } else {
-    float* to = p.partial + part.group * 64;
+    const int pitch = p.row_tiles * 64, column = part.group * 64;
     for_results<64>(part, total, [&](long long pair, int row, float sum, float) {
-      __stcg(to + pair * (p.row_tiles * 64) + row, sum);
+      leave_sum(p, pair * pitch + column + row, static_cast<int>(pair), sum);
     });
   }
 }
@@ -197,6 +197,7 @@ __device__ __forceinline__ void work(const Params& p) {
   copy_wait<0>();
   if (activations.span) activations.finish();
   activations.ask(p, weights.known);
+  const u32 x_at = shared_address(shared) + X_AT + lane * 16;
   int since = 0;  // at most so many groups of copies were committed since
   const int parts = scratch().part_count;
   u32 stage = 0;
@@ -208,6 +209,9 @@ __device__ __forceinline__ void work(const Params& p) {
     const Place place(part.rows);
     const int count = part.count, tiles = (count + 7) / 8, last = part.last;
     if (place.active && !place.way) fetch_factors<PARTS>(p, part, place.row);
+    const int spare = place.active ? (1 << place.log) - 1 - place.way : -64;
+    int order = lane % 4 >> place.log;  // of tile lane % 4 of a stage among this warp's
+    if (lane % 4 != place.way + (order << place.log)) order = SPAN;
     Accumulators total = {};
 #pragma unroll 1
     for (int kt = part.first; kt < last; kt += SPAN, ++stage) {
@@ -218,13 +222,12 @@ __device__ __forceinline__ void work(const Params& p) {
       }
       wait_phase(&scratch().ready[stage % BUFFERS], static_cast<int>(stage / BUFFERS));
       activations.ask(p, weights.known);
-      const int span = place.active ? min(SPAN, last - kt) : 0, first = weights.used;
-      since = max(0, span - place.way + (1 << place.log) - 1) >> place.log;  // this warp's tiles
+      since = max(0, (min(SPAN, last - kt) + spare) >> place.log);  // tiles that this warp has
+      const int first = weights.used;
       if (since) {
-        const u32 x = activations.x + Activations::buffer(stage) + place.way * X_BYTES;
+        const u32 x = x_at + Activations::buffer(stage) + place.way * X_BYTES;
         multiply_stage(p, number, tiles, since, x, X_BYTES << place.log, weights, total);
-        const int order = lane % 4 >> place.log;
-        const bool has = order < since && lane % 4 == place.way + (order << place.log);
+        const bool has = order < since;
         const u32 meta = weights.ring - lane * 16 + lane / 4 * 32 + Weights::meta_slot(first + (has ? order : 0));
         add_zeros(tiles, meta, has, Activations::sums(stage), total);
       }
