@@ -107,7 +107,9 @@ __device__ __forceinline__ void fetch_factors(const Params& p, const Part& part,
   if (part.is_v() || part.first) return;
   const int lane = threadIdx.x % WARP, steps = part.u_steps;
   const long long at = part.u_first + static_cast<long long>(part.group + row) * steps;
+#pragma unroll 1
   for (int i = lane; i < steps * 3; i += WARP) prefetch(p.compensator.u_codes + (at * 3 + i) * WARP);
+#pragma unroll 1
   for (int i = lane; i * 4 < steps * PARTS; i += WARP) prefetch(p.compensator.u_scales + (at * PARTS + i * 4) * 16);
 }
 
@@ -169,15 +171,15 @@ __device__ __forceinline__ void multiply_tiles(const Params& p, int number, int 
   }
 }
 
-constexpr int STEP = NT > 4 ? 2 : 1;  // of the numbers of n8 tiles that there is code for
-static_assert(NT % STEP == 0);
+// There is code for every number of n8 tiles, but where there may be more than four only for even ones below.
+__device__ constexpr int fewer(int token_tiles) { return token_tiles - (NT > 4 && token_tiles <= 4 ? 2 : 1); }
 
 template <int N = NT>
 __device__ __forceinline__ void multiply_stage(const Params& p, int number, int token_tiles, int count, u32 x, u32 x_step,
                                                Weights& weights, Accumulators& total) {
-  if constexpr (N > STEP) {
-    if (token_tiles <= N - STEP) {
-      return multiply_stage<N - STEP>(p, number, token_tiles, count, x, x_step, weights, total);
+  if constexpr (fewer(N) > 0) {
+    if (token_tiles <= fewer(N)) {
+      return multiply_stage<fewer(N)>(p, number, token_tiles, count, x, x_step, weights, total);
     }
   }
   multiply_tiles<N>(p, number, count, x, x_step, weights, total);
@@ -206,7 +208,7 @@ __device__ __forceinline__ void work(const Params& p) {
     if (warp == 0) describe_more(p, number);
     weights.known = described(number);
     const Part& part = scratch().parts[static_cast<u32>(number) % QUEUE];
-    const Place place(part.rows);
+    const Place place(part);
     const int count = part.count, tiles = (count + 7) / 8, last = part.last;
     if (place.active && !place.way) fetch_factors<PARTS>(p, part, place.row);
     const int spare = place.active ? (1 << place.log) - 1 - place.way : -64;

@@ -29,7 +29,8 @@ struct alignas(16) Part {
   int end;             // of its unit, in ticks of the line
   short first, last;   // tiles along K
   short item, group;   // group: the first row tile, among its expert's
-  short rows, split;   // row tiles; the run of K of V x, or -1
+  u8 rows, log_ways;   // row tiles; log2 of the warps that share one
+  short split;         // the run of K of V x, or -1
   short begin, count;  // of the item's pairs
   int u_first;         // the expert's entry of the compensators' table
   short v_tiles, u_steps;
@@ -65,11 +66,11 @@ struct Place {
   int row, way, log;
   bool active;
 
-  __device__ __forceinline__ explicit Place(int rows) : way(0), log(log_ways(rows)) {
+  __device__ __forceinline__ explicit Place(const Part& part) : way(0), log(part.log_ways) {
     row = static_cast<int>(threadIdx.x / WARP);
     const int warps = WARPS >> log;
     for (; row >= warps && way < (1 << log) - 1; row -= warps) ++way;
-    active = row < rows;
+    active = row < part.rows;
   }
 };
 
@@ -122,7 +123,7 @@ __device__ __forceinline__ void describe(const Params& p, int base) {
     number = first;
     entry = __ldg(p.compensator.table + items().expert[number]);
     const int row = (group.q - (first ? items().v_end[first - 1] : 0)) * WARPS;
-    part.group = static_cast<short>(row), part.rows = static_cast<short>(min(WARPS, entry.y - row));
+    part.group = static_cast<short>(row), part.rows = static_cast<u8>(min(WARPS, entry.y - row));
     part.row_tile = entry.x + row;
     part.split = static_cast<short>(group.r);
     part.first = static_cast<short>(divide(p.v.ktiles * group.r, p.compensator.t_splits).q);
@@ -134,7 +135,7 @@ __device__ __forceinline__ void describe(const Params& p, int base) {
     const int start = unit.q * line.length + unit.r * line.whole;
     part.end = start + (unit.r < line.groups ? line.whole : line.rest);
     const int row = unit.r * WARPS;
-    part.group = static_cast<short>(row), part.rows = static_cast<short>(min(WARPS, p.row_tiles - row));
+    part.group = static_cast<short>(row), part.rows = static_cast<u8>(min(WARPS, p.row_tiles - row));
     part.row_tile = items().expert[number] * p.row_tiles + row;
     const int log = log_ways(part.rows);
     if (p.compensator.t_stride) entry = __ldg(p.compensator.table + items().expert[number]);
@@ -142,6 +143,7 @@ __device__ __forceinline__ void describe(const Params& p, int base) {
     part.last = static_cast<short>(min((min(s.end, part.end) - start) << log, p.weights.ktiles));
   }
   const Item item = items()[number];
+  part.log_ways = static_cast<u8>(log_ways(part.rows));
   part.item = static_cast<short>(number);
   part.begin = static_cast<short>(item.begin), part.count = static_cast<short>(item.count);
   part.v_tiles = static_cast<short>(entry.y), part.u_first = entry.z, part.u_steps = static_cast<short>(entry.w);

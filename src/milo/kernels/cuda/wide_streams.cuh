@@ -25,7 +25,7 @@ struct Weights {
 #pragma unroll 1
     while (next < known) {
       const Part& part = scratch().parts[static_cast<u32>(next++) % QUEUE];
-      const Place place(part.rows);
+      const Place place(part);
       const int first = part.first + place.way;
       if (!place.active || first >= part.last) continue;
       const Matrix& m = part.is_v() ? p.v : p.weights;

@@ -13,13 +13,15 @@ __device__ __forceinline__ u32 split(float f) {
   return pair_bf16(high, f - high);
 }
 
-// Calls `f(block of 16 rows, n8 tile)`.
+// Calls `f(block of 16 rows, n8 tile)` for at most TILES of the latter.
 template <int BLOCKS, int TILES, typename F>
-__device__ __forceinline__ void for_all(F f) {
+__device__ __forceinline__ void for_all(int tiles, F f) {
 #pragma unroll
   for (int nt = 0; nt < TILES; ++nt) {
 #pragma unroll
-    for (int b = 0; b < BLOCKS; ++b) f(b, nt);
+    for (int b = 0; b < BLOCKS; ++b) {
+      if (nt < tiles) f(b, nt);
+    }
   }
 }
 
@@ -41,6 +43,7 @@ __device__ __forceinline__ void multiply(u32 codes, u32 meta, u32 x, Accumulator
   auto load_x = [&](int first) {
 #pragma unroll
     for (int nt = 0; nt < GROUP; ++nt) {
+      if (first + nt >= N) break;
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         const u32 at = x + (first + nt) * 1024 + half * 512;
@@ -74,14 +77,14 @@ __device__ __forceinline__ void multiply(u32 codes, u32 meta, u32 x, Accumulator
       float d[BLOCKS][GROUP][HALVES][4] = {};
 #pragma unroll
       for (int half = 0; half < 2; ++half) {  // one product after the other of as many sums as there are
-        for_all<BLOCKS, GROUP>([&](int b, int nt) {
+        for_all<BLOCKS, GROUP>(N - group, [&](int b, int nt) {
           mma<B16>(d[b][nt][half % HALVES], pairs[b] + half * 8, x_words[nt][half].x, x_words[nt][half].y);
         });
-        for_all<BLOCKS, GROUP>([&](int b, int nt) {
+        for_all<BLOCKS, GROUP>(N - group, [&](int b, int nt) {
           mma<B16>(d[b][nt][half % HALVES], pairs[b] + half * 8 + 4, x_words[nt][half].z, x_words[nt][half].w);
         });
       }
-      for_all<BLOCKS, GROUP>([&](int b, int nt) {
+      for_all<BLOCKS, GROUP>(N - group, [&](int b, int nt) {
 #pragma unroll
         for (int h = 0; h < HALVES; ++h) {
 #pragma unroll
