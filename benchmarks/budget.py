@@ -5,14 +5,15 @@
 HQQ, MiLo with dense rank hidden/4 and expert rank 16 (10 rounds), every uniform choice of the menu, the role-only rule
 (dense roles at 5 or 6 bits, experts the rest), and budgets of the same bytes. Uniform choices and the role-only rule
 have the allocator's own grids, in-feature weights included, so that allocation is all they differ in. One
-`budget_NAME.json` a model; rows are written as they come, the ones that matter most first. Every budget row names what
-it stands against, with the paired difference of the divergences.
+`budget_NAME.json` a model; rows are written as they come, the ones that matter most first, and a file that is there
+already is gone on with. Every budget row names what it stands against, with the paired difference of the divergences.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import re
 import tempfile
 import time
 from collections.abc import Callable
@@ -22,10 +23,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-import transformers
-from quality import device_name
+from record import header, write
 
-import milo
 from milo.evaluate import load_text, tokenize
 from milo.evaluate.folder import load_model, load_tokenizer, measure_size
 from milo.evaluate.paired import Reference, Scores, kl_difference
@@ -43,7 +42,8 @@ from milo.plan.recipe import custom_recipe
 from milo.plan.sensitivity import Sensitivities, structural
 
 T = TypeVar("T")
-MILO = "milo h/4 + 16"
+MILO, HQQ = "milo h/4 + 16", "hqq"
+PAPER = (MILO, HQQ)  # with the paper's grids; all others have the allocator's
 FIVE, SIX = Encoding(5, 64, 6, 8), Encoding(6, 64, 6, 8)
 
 
@@ -52,7 +52,7 @@ def fixed_plans(source: Source) -> dict[str, Plan]:
     config = source.checkpoint.config
     plans = {
         MILO: plan_source(source, custom_recipe("hqq", config, ranks="dense:h/4+sparse:16", rounds=10)),
-        "hqq": plan_source(source, custom_recipe("hqq", config)),
+        HQQ: plan_source(source, custom_recipe("hqq", config)),
     }
     blank = plan_source(source, custom_recipe("hqq", config, grid=GRID))
     for dense in (FIVE, SIX):
@@ -82,18 +82,30 @@ class Bench:
             name: Reference(self.model, ids, args.window, batch=16, held=args.device) for name, ids in texts.items()
         }
         self.scores: dict[str, dict[str, Scores]] = {}
-        self.result: dict[str, Any] = {
+        settings = {
             "model": folder.name,
             "window": args.window,
             "tokens": {name: len(ids) for name, ids in texts.items()},
             "dtype": "float32",
-            "device": device_name(args.device),
-            "milo": milo.__version__,
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
+        }
+        self.result: dict[str, Any] = {
+            **header(args.device, settings, "torch", "transformers"),
             "original": {name: {"ppl": r.original.perplexity} for name, r in self.references.items()},
             "rows": [],
         }
+        if self.out.exists():
+            self._go_on(json.loads(self.out.read_text()))
+
+    def _go_on(self, found: dict[str, Any]) -> None:
+        """Take over the rows of an earlier run of the same settings."""
+        for key, value in self.result.items():
+            if key not in ("rows", "original") and found[key] != value:
+                raise SystemExit(f"{self.out} is of another run ({key} {found[key]}, here {value}): move it away")
+        self.result["rows"] = found["rows"]
+
+    def has(self, label: str) -> bool:
+        """Whether a row is there from an earlier run, or from this one."""
+        return any(row["recipe"] == label for row in self.result["rows"])
 
     def judge(
         self, label: str, plan: Plan, known: Sensitivities | None = None, against: str | None = None, **more: Any
@@ -132,8 +144,9 @@ class Bench:
                 row[name] |= {"kl_ratio": score.mean_kl / other.mean_kl, "kl_minus": difference, "kl_minus_se": error}
         if against:
             row["against"] = against
-        self.result["rows"].append(row)
-        self.out.write_text(json.dumps(self.result, indent=1) + "\n")
+        rows = {each["recipe"]: each for each in self.result["rows"]} | {label: row}
+        self.result["rows"] = list(rows.values())
+        write(self.out, self.result)
         print(
             json.dumps({k: row[k] for k in ("recipe", "bits_per_weight", "against", "wikitext2") if k in row}),
             flush=True,
@@ -169,20 +182,21 @@ def run(folder: Path, args: argparse.Namespace) -> None:
 
     def budget(origin: str, against: str, share: float = 1.0) -> None:
         rate = share * rates[against]
-        found = plan_budget(source, Budget(f"{rate:.4f}bpw", rate=rate), measured[origin], known[origin], origin)
         label = f"budget {rate:.4f} ({origin}) against {against}"
+        if bench.has(label) or not re.search(args.only, against):
+            return
+        if against not in bench.scores:  # the paired difference needs every token's divergence, which no file has
+            bench.judge(against, plans[against], known["random"] if against not in PAPER else None)
+        found = plan_budget(source, Budget(f"{rate:.4f}bpw", rate=rate), measured[origin], known[origin], origin)
         loss = found.allocation.loss
         bench.judge(label, found.plan, known[origin], against, sensitivities=origin, predicted_kl=loss)
 
-    bench.judge(MILO, plans[MILO])
-    bench.judge("hqq", plans["hqq"])
     for origin in known:
         budget(origin, MILO)
-    budget("random", "hqq")
+    budget("random", HQQ)
     budget("random", MILO, 0.86)
-    for label, plan in plans.items():
-        if label not in (MILO, "hqq"):
-            bench.judge(label, plan, known["random"])
+    for label in plans:
+        if label not in PAPER:
             budget("random", label)
 
 
@@ -195,6 +209,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=102_400)
     parser.add_argument("--lambada-tokens", type=int, default=20_480)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--only", default="", help="regular expression: no others are stood against")
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
     torch.set_num_threads(1)

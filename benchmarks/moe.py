@@ -1,180 +1,192 @@
-"""Time a whole MoE FFN with its compensators, beside bf16 grouped GEMM and the limit of the memory.
+"""Time a whole MoE FFN with its compensators, beside Humming, bf16 grouped GEMM and the limit of the memory.
 
-    python benchmarks/moe.py [--tokens 1 8 64] [--ranks 32] [--out benchmarks/results/moe_h100.json]
+    python benchmarks/moe.py --out benchmarks/results/moe_h100.json
+    python benchmarks/moe.py --shapes mixtral-8x7b --tokens 1 8 --peers humming_w3 --routing random zipf
+    python benchmarks/moe.py --official --out benchmarks/results/moe_official_h100.json
 
-Every figure is the median of CUDA-graph replays over a ring of distinct layers that together exceed L2 many times.
-`limit` is the bytes of the touched experts (codes, metadata, compensators) over the read bandwidth measured in the
-same run. bf16 is `torch._grouped_mm` for the two products alone, on tokens already sorted: no activation, no sum.
+Every figure is the median of CUDA-graph replays over a ring of distinct layers that together exceed L2 many times;
+all systems see the same routing. `limit` is the bytes of the touched experts (codes, metadata, compensators) over the
+read bandwidth measured in the same run. `ours` is the whole FFN from the router's choices to the sum. Peers
+(`peers.py`) are timed twice: `NAME_us` is their two products alone, on tokens that are already sorted, and
+`NAME_ffn_us` adds the activation and the weighted sum. A peer that fails leaves null and a traceback.
+
+`--official` times Mixtral with the ranks that the official rule gives all 32 layers' experts (`kurtosis.py`), beside
+rank 32 and rank 0; every expert of every layer is chosen equally often.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-from collections.abc import Callable, Sequence
+import gc
+import time
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+import humming_peer
+import synthetic
 import torch
+from humming_peer import FORMATS, Need
+from peers import PEERS, Case, open_peer, time_peer
+from record import figures, header, write
+from synthetic import ROUTINGS, SHAPES, ZIPF, Layer, Shape, official_layers, random_layers, route, touched_bytes
+from timing import graph_time, read_bandwidth
 
 from milo import ops
-from milo.kernels.layout import PackedMatrix
 
-Layer = tuple[PackedMatrix, PackedMatrix]
-SHAPES = {  # hidden, intermediate, experts, choices a token
-    "mixtral-8x7b": (4096, 14336, 8, 2),
-    "deepseek-moe-16b": (2048, 1408, 64, 6),
-    "qwen3-30b-a3b": (2048, 768, 128, 8),
-}
+Row = dict[str, Any]
+OFFICIAL_TOKENS = 64  # the most with the official ranks: what they cost is decided where weights are the limit
 
 
-def graph_time(calls: Sequence[Callable[[], object]], repeats: int = 20) -> float:
-    """Median microseconds of one call."""
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        for call in calls:
-            call()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=stream):
-        for call in calls:
-            call()
-    graph.replay()
-    times = []
-    for _ in range(repeats):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        graph.replay()
-        end.record()
-        torch.cuda.synchronize()
-        times.append(start.elapsed_time(end) / len(calls) * 1e3)
-    return sorted(times)[len(times) // 2]
-
-
-def read_bandwidth() -> float:
-    """Bytes a microsecond that a reduction over 2 GiB reads."""
-    data = torch.empty(1 << 29, dtype=torch.int32, device="cuda").random_()
-    return data.nbytes / graph_time([lambda: torch.sum(data, dtype=torch.int32)])
-
-
-def random_matrix(experts: int, n: int, k: int, parts: int, rank: int) -> PackedMatrix:
-    """Random codes in the kernels' layout, where every bit pattern is valid."""
-    rows, tiles = -(-n // (64 // parts)), -(-k // 64)
-    steps = -(-rank // 16)
-    v_tiles = -(-steps * 16 * parts // 64)
-
-    def words(*size: int) -> torch.Tensor:
-        return torch.empty(size, dtype=torch.int32, device="cuda").random_(-(2**31), 2**31 - 1)
-
-    def halves(*size: int) -> torch.Tensor:
-        return torch.rand(size, device="cuda").add_(0.5).mul_(0.4 / k**0.5).half()
-
-    def meta(*size: int, zero: float) -> torch.Tensor:
-        scale = halves(*size)
-        return torch.stack([scale, torch.full_like(scale, zero)], -1)
-
-    table = [[e * v_tiles, v_tiles, e * rows * steps, steps] for e in range(experts)]
-    return PackedMatrix(
-        codes=words(experts, rows, tiles, 3, 32, 4),
-        meta=meta(experts, rows, tiles, 8, 8, zero=3.5),
-        u_codes=words(experts * rows * steps, 3, 32),
-        u_scales=halves(experts * rows * steps, parts, 16),
-        v_codes=words(experts * v_tiles, tiles, 3, 32, 4),
-        v_meta=meta(experts * v_tiles, tiles, 8, 8, zero=4.0),
-        table=torch.tensor(table, dtype=torch.int32, device="cuda"),
-        out_features=n,
-        in_features=k,
-        bits=3,
-        group_size=64,
-        parts=parts,
-        v_row_tiles=v_tiles,
+def time_ours(layers: Sequence[Layer], case: Case, x: torch.Tensor) -> float:
+    """Microseconds of our FFN; the case has a routing for each layer."""
+    return graph_time(
+        [
+            lambda layer=layer, ids=ids: ops.moe_ffn(x, *layer, ids, case.weights)
+            for layer, ids in zip(layers, case.ids, strict=True)
+        ]
     )
 
 
-def random_layers(shape: tuple[int, int, int, int], rank: int) -> list[Layer]:
-    """A ring of layers, enough of them to miss L2 at one token."""
-    hidden, inner, experts, _ = shape
-    ring = 2 if hidden * inner * experts > 1e8 else 8
+def cases_of(shape: Shape, options: argparse.Namespace) -> list[Case]:
     return [
-        (random_matrix(experts, inner, hidden, 2, rank), random_matrix(experts, hidden, inner, 1, rank))
-        for _ in range(ring)
+        Case(
+            routing,
+            tokens,
+            [route(routing, tokens, shape, options.device) for _ in range(shape.ring)],
+            torch.rand(tokens, shape.topk, device=options.device),
+        )
+        for routing in options.routing
+        for tokens in options.tokens
     ]
 
 
-def route(tokens: int, experts: int, topk: int) -> torch.Tensor:
-    return torch.rand(tokens, experts, device="cuda").topk(topk, 1).indices
+def measure(name: str, bandwidth: float, options: argparse.Namespace) -> list[Row]:
+    """All rows of one shape."""
+    shape = SHAPES[name]
+    cases = cases_of(shape, options)
+    inputs = [torch.randn(case.tokens, shape.hidden, device=options.device, dtype=options.dtype) for case in cases]
+    timed: dict[int, list[float]] = {}
+    limits: dict[int, list[float]] = {}
+    for rank in dict.fromkeys((*options.ranks, 0)):
+        layers = random_layers(shape, rank, options.device)
+        timed[rank] = [time_ours(layers, case, x) for case, x in zip(cases, inputs, strict=True)]
+        limits[rank] = [touched_bytes(layers, case.ids) / bandwidth for case in cases]
+        del layers
+        torch.cuda.empty_cache()
+    others: list[dict[str, float | None]] = [{f"{peer}_us": None for peer in PEERS[:3]} for _ in cases]
+    for peer in options.peers:
+        found = time_peer(peer, lambda peer=peer: open_peer(peer, shape, options.dtype, options.device), cases)
+        others = [row | new for row, new in zip(others, found, strict=True)]
+        torch.cuda.empty_cache()
+    return [
+        {
+            "shape": name,
+            "tokens": case.tokens,
+            "routing": case.routing,
+            "rank": rank,
+            "ours_us": timed[rank][i],
+            "ours_rank0_us": timed[0][i],
+            **others[i],
+            "limit_us": limits[rank][i],
+        }
+        for i, case in enumerate(cases)
+        for rank in options.ranks
+    ]
 
 
-def touched_bytes(layers: list[Layer], ids: list[torch.Tensor]) -> float:
-    """Mean over the ring of the bytes that a call cannot avoid to read."""
-    experts = layers[0][0].codes.shape[0]
-    sizes = [sum(m.nbytes for m in layer) / experts for layer in layers]
-    return sum(size * i.unique().numel() for size, i in zip(sizes, ids, strict=True)) / len(ids)
-
-
-def time_bf16(shape: tuple[int, int, int, int], tokens: int, ids: list[torch.Tensor]) -> float:
-    hidden, inner, experts, topk = shape
-    first = [torch.randn(experts, hidden, 2 * inner, device="cuda", dtype=torch.bfloat16) for _ in range(2)]
-    second = [torch.randn(experts, inner, hidden, device="cuda", dtype=torch.bfloat16) for _ in range(2)]
-    calls = []
-    for i in range(2):
-        ends = torch.bincount(ids[i].flatten(), minlength=experts).cumsum(0).int()
-        x = torch.randn(tokens * topk, hidden, device="cuda", dtype=torch.bfloat16)
-        h = torch.randn(tokens * topk, inner, device="cuda", dtype=torch.bfloat16)
-
-        def call(i: int = i, x: torch.Tensor = x, h: torch.Tensor = h, ends: torch.Tensor = ends) -> None:
-            torch._grouped_mm(x, first[i], offs=ends)
-            torch._grouped_mm(h, second[i], offs=ends)
-
-        calls.append(call)
-    return graph_time(calls)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Time a whole MoE FFN.")
-    parser.add_argument("--tokens", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32, 64])
-    parser.add_argument("--ranks", type=int, nargs="+", default=[32])
-    parser.add_argument("--shapes", nargs="+", default=list(SHAPES), choices=list(SHAPES))
-    parser.add_argument("--no-bf16", action="store_true", help="leave the bf16 baseline out")
-    parser.add_argument("--out", type=Path)
-    options = parser.parse_args()
-    torch.manual_seed(0)
-    bandwidth = read_bandwidth()
+def measure_official(name: str, bandwidth: float, options: argparse.Namespace) -> list[Row]:
+    """The official ranks: every layer once a visit, and in each visit every choice is the next expert."""
+    shape = SHAPES[name]
+    official = official_layers(shape, options.layers, options.device)
+    uniform = {rank: random_layers(shape, rank, options.device) for rank in (32, 0)}
     rows = []
-    print(f"{torch.cuda.get_device_name()}, read {bandwidth / 1e6:.2f} TB/s; microseconds")
+    for tokens in (tokens for tokens in options.tokens if tokens <= OFFICIAL_TOKENS):
+        x = torch.randn(tokens, shape.hidden, device=options.device, dtype=options.dtype)
+        first = [route("random", tokens, shape, options.device) for _ in official]
+        ids = [(each + visit) % shape.experts for visit in range(shape.experts) for each in first]
+        weights = torch.rand(tokens, shape.topk, device=options.device)
+        us = {}
+        for label, layers in (("milo-s2", official), *uniform.items()):
+            calls = [layers[i % len(layers)] for i in range(len(ids))]
+            us[label] = time_ours(calls, Case("random", tokens, ids, weights), x)
+        calls = official * shape.experts
+        rows.append(
+            {
+                "shape": name,
+                "tokens": tokens,
+                "routing": "random",
+                "rank": "milo-s2",
+                "ours_us": us["milo-s2"],
+                "ours_rank32_us": us[32],
+                "ours_rank0_us": us[0],
+                "limit_us": touched_bytes(calls, ids) / bandwidth,
+            }
+        )
+    return rows
+
+
+def line(row: Row) -> str:
+    """A row for people."""
+    share = 100 * row["limit_us"] / row["ours_us"]
+    what = f"{row['shape']:17s} tokens {row['tokens']:4d} {row['routing']:6s} rank {row['rank']}"
+    return f"{what}  {figures(row)}  ({share:.0f} %)"
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tokens", type=int, nargs="+", default=[1, 8, 64, 512, 2048])
+    parser.add_argument("--ranks", type=int, nargs="+", default=[32])
+    full = [name for name in SHAPES if name != "tiny"]
+    parser.add_argument("--shapes", nargs="+", default=full, choices=list(SHAPES))
+    parser.add_argument("--routing", nargs="+", default=["random"], choices=ROUTINGS)
+    parser.add_argument("--peers", nargs="*", default=["bf16", "humming_w3", "humming_w4"], choices=PEERS)
+    parser.add_argument("--official", action="store_true", help="the official rule's ranks, and no peers")
+    parser.add_argument("--layers", type=int, default=32, help="of the model with the official ranks")
+    parser.add_argument("--dtype", choices=["float16", "bfloat16"], default="float16", help="ours and Humming's")
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--out", type=Path)
+    options = parser.parse_args(arguments)
+    options.device, options.dtype = torch.device(options.device), getattr(torch, options.dtype)
+    if options.official:
+        options.peers = []
+        options.shapes = [name for name in options.shapes if name in ("mixtral-8x7b", "tiny")]
+    return options
+
+
+def needs(options: argparse.Namespace) -> list[Need]:
+    """The products that Humming is to multiply."""
+    return [
+        Need(label, n, k, shape.experts, tokens * shape.topk)
+        for label in options.peers
+        if label in FORMATS
+        for shape in (SHAPES[name] for name in options.shapes)
+        for n, k in ((2 * shape.inner, shape.hidden), (shape.hidden, shape.inner))
+        for tokens in options.tokens
+    ]
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    options = parse(arguments)
+    torch.manual_seed(0)
+    gc.freeze()  # every capture collects garbage, which need not go through all that was imported
+    begin = time.perf_counter()
+    bandwidth = read_bandwidth(options.device)
+    settings = {"read_tb_s": bandwidth / 1e6, "dtype": str(options.dtype).removeprefix("torch.")}
+    if "zipf" in options.routing:
+        settings["zipf_exponent"] = ZIPF
+    result = header(options.device, settings, "torch") | {"peers": {p: FORMATS.get(p) for p in options.peers}}
+    print(f"{result['device']}, read {bandwidth / 1e6:.2f} TB/s; microseconds", flush=True)
+    synthetic.compile_ahead(options.dtype, options.device)
+    humming_peer.compile_ahead(needs(options), options.dtype, options.device)
+    print(f"compiled after {time.perf_counter() - begin:.0f} s", flush=True)
+    rows: list[Row] = []
     for name in options.shapes:
-        hidden, _, experts, topk = SHAPES[name]
-        ids = {t: [route(t, experts, topk) for _ in range(8)] for t in options.tokens}
-        timed: dict[tuple[int, int], float] = {}
-        limits: dict[tuple[int, int], float] = {}
-        for rank in (*options.ranks, 0):
-            layers = random_layers(SHAPES[name], rank)
-            for tokens in options.tokens:
-                x = torch.randn(tokens, hidden, device="cuda", dtype=torch.float16)
-                weights = torch.rand(tokens, topk, device="cuda")
-                routes = ids[tokens][: len(layers)]
-                calls = [
-                    lambda layer=layer, i=i, x=x, w=weights: ops.moe_ffn(x, *layer, i, w)
-                    for layer, i in zip(layers, routes, strict=True)
-                ]
-                timed[rank, tokens] = graph_time(calls)
-                limits[rank, tokens] = touched_bytes(layers, routes) / bandwidth
-            del layers, calls
-            torch.cuda.empty_cache()
-        for tokens in options.tokens:
-            bf16 = float("nan") if options.no_bf16 else time_bf16(SHAPES[name], tokens, ids[tokens])
-            for rank in options.ranks:
-                ours, bare, limit = timed[rank, tokens], timed[0, tokens], limits[rank, tokens]
-                row = {"shape": name, "tokens": tokens, "rank": rank, "ours_us": ours, "ours_rank0_us": bare}
-                rows.append(row | {"bf16_us": None if options.no_bf16 else bf16, "limit_us": limit})
-                print(
-                    f"{name:17s} tokens {tokens:4d} rank {rank:4d}  ours {ours:7.1f}  rank 0 {bare:7.1f}  "
-                    f"limit {limit:6.1f} ({100 * limit / ours:3.0f} %)  bf16 {bf16:7.1f}",
-                    flush=True,
-                )
-    if options.out:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        found = {"device": torch.cuda.get_device_name(), "read_tb_s": bandwidth / 1e6, "rows": rows}
-        options.out.write_text(json.dumps(found, indent=1) + "\n")
+        new = (measure_official if options.official else measure)(name, bandwidth, options)
+        rows += new
+        print(*map(line, new), f"{name}: done after {time.perf_counter() - begin:.0f} s", sep="\n", flush=True)
+        if options.out:  # after every shape, so that a run that is cut off leaves what it has
+            write(options.out, result | {"complete": name == options.shapes[-1], "rows": rows})
 
 
 if __name__ == "__main__":

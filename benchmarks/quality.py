@@ -10,16 +10,14 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
+from record import header, write
 
-import milo
 from milo.evaluate import divergence, load_text, perplexity, tokenize
 from milo.evaluate.folder import load_model, load_tokenizer, measure_size
 from milo.integrations.transformers.source import open_source
@@ -35,16 +33,6 @@ RECIPES = (
     ("milo-s1", "milo-s1", None),
     ("milo-s2", "milo-s2", None),
 )
-
-
-def device_name(device: str) -> str:
-    """The GPU's name, or the processor's."""
-    if device.startswith("cuda"):
-        return torch.cuda.get_device_name(device)
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return f"{line.partition(':')[2].strip()}, {torch.get_num_threads()} threads"
-    return platform.processor()
 
 
 def judge(folder: Path, original: Any, ids: torch.Tensor, args: argparse.Namespace) -> dict[str, Any]:
@@ -85,19 +73,15 @@ def main() -> None:
     text, text_name = load_text(args.text)
     ids = tokenize(load_tokenizer(Path(args.model)), text, args.max_tokens)
     original = load_model(Path(args.model), "float32", args.device)
-    result: dict[str, Any] = {
-        "device": device_name(args.device),
+    settings = {
         "model": Path(args.model).name,
         "text": text_name,
         "window": args.window,
         "stride": args.window // 4,
         "long_window": args.long_window or None,
         "dtype": "float32",
-        "milo": milo.__version__,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "rows": [{"recipe": "original (bf16)", **judge(Path(args.model), original, ids, args)}],
     }
+    rows: list[dict[str, Any]] = [{"recipe": "original (bf16)", **judge(Path(args.model), original, ids, args)}]
     for label, preset, ranks in RECIPES:
         with tempfile.TemporaryDirectory() as folder:
             source = open_source(args.model)
@@ -110,10 +94,9 @@ def main() -> None:
             row = {"recipe": label, "policy": plan.policy, "plan_s": planned, "solve_s": done.seconds}
             row |= {"mean_error": sum(errors) / len(errors), "plan_bytes": plan.nbytes}
             row |= judge(Path(folder), original, ids, args)
-        result["rows"].append(row)
+        rows.append(row)
         print(json.dumps({k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()}), flush=True)
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps(result, indent=1) + "\n")
+    write(args.out, header(args.device, settings, "torch", "transformers") | {"rows": rows})
 
 
 if __name__ == "__main__":

@@ -9,17 +9,14 @@ quotes the committed files.
 from __future__ import annotations
 
 import argparse
-import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
-from quality import device_name
+from record import header, write
 from tasks import compressed
 
-import milo
 from milo.evaluate import divergence, load_text, tokenize
 from milo.evaluate.folder import load_model, load_tokenizer
 
@@ -44,18 +41,8 @@ def main() -> None:
         found = divergence(model, original, ids, window=args.window, batch=args.batch)
         rows.append({"recipe": recipe, **asdict(found)})
         print(recipe, found.top1, [round(layer.same_set, 4) for layer in found.routing], flush=True)
-    result = {
-        "device": device_name(args.device),
-        "model": Path(args.model).name,
-        "text": text_name,
-        "dtype": "float32",
-        "milo": milo.__version__,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "rows": rows,
-    }
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps(result, indent=1) + "\n")
+    settings = {"model": Path(args.model).name, "text": text_name, "dtype": "float32"}
+    write(args.out, header(args.device, settings, "torch", "transformers") | {"rows": rows})
 
 
 if __name__ == "__main__":

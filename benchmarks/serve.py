@@ -36,11 +36,9 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-import numpy as np
+from kurtosis import made_up_kurtosis
 from published import MODELS, config_of, heads_of
 
-from milo.checkpoint.inventory import Group
-from milo.checkpoint.roles import LAYER_INDEX
 from milo.checkpoint.writer import write_atomically
 from milo.integrations.serving import weights
 from milo.pipeline.compress import quantization_config
@@ -68,24 +66,8 @@ ENVIRONMENT = {  # vLLM's own switches
     "VLLM_USE_FLASHINFER_SAMPLER": "0", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1",
     "VLLM_WORKER_MULTIPROC_METHOD": "spawn", "VLLM_HUMMING_ONLINE_QUANT_CONFIG": json.dumps(HUMMING3),
 }  # fmt: skip
-# Rounded kurtosis of Mixtral-8x7B's matrices, value: how many of 256 (w2) and 512 (w1, w3); from the file that the
-# paper's official code ships. 10 stands for what is above 9.
-MIXTRAL_W2 = {0: 8, 1: 133, 2: 64, 3: 35, 4: 4, 6: 1, 7: 1, 9: 2, 10: 8}
-MIXTRAL_W13 = {0: 463, 1: 49}
 CONTEXT = 32  # tokens of a prompt before decoding
 CACHE_BYTES = 2 << 30
-
-
-def made_up_kurtosis(group: Group, seed: int = 0) -> list[float]:
-    """Kurtosis of each matrix where there are no weights: Mixtral's own numbers in another order, else exponential."""
-    leaf = group.name.rpartition(".")[2]
-    if leaf not in ("w1", "w2", "w3"):
-        return np.random.default_rng([seed, *group.name.encode()]).exponential(size=group.count).tolist()
-    counts = MIXTRAL_W2 if leaf == "w2" else MIXTRAL_W13
-    values = np.random.default_rng(seed).permutation(np.repeat(list(counts), list(counts.values())))
-    layer = LAYER_INDEX.search(group.name)
-    first = (int(layer[1]) if layer else 0) * group.count + (256 if leaf == "w3" else 0)
-    return np.take(values, range(first, first + group.count), mode="wrap").astype(float).tolist()
 
 
 def write_folder(folder: Path, system: str, config: Mapping[str, Any]) -> dict[str, int]:

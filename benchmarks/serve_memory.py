@@ -3,7 +3,7 @@
     python benchmarks/serve_memory.py [--recipe milo-s2] [--models mixtral-8x7b ...]
 
 Nothing is measured. Bytes are the planner's own, exact for what lies on disk (`milo.integrations.serving.weights`).
-Where a recipe looks at weights, which are not here, their kurtosis comes from `made_up_kurtosis` in `serve.py`. The
+Where a recipe looks at weights, which are not here, their kurtosis comes from `kurtosis.py`. The
 cache's room is what is left of vLLM's share of a card, divided by the bytes a token takes.
 """
 
@@ -13,8 +13,8 @@ import argparse
 from math import prod
 from typing import Any
 
+from kurtosis import made_up_kurtosis
 from published import PARAMETERS, config_of, heads_of
-from serve import made_up_kurtosis
 
 from milo.integrations.serving import UTILISATION, cache_bytes, weights
 from milo.plan.plan import make_plan

@@ -9,20 +9,16 @@ with its paired standard error. `docs/results.md` quotes the committed files.
 from __future__ import annotations
 
 import argparse
-import json
 import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import asdict
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
-from quality import device_name
+from record import header, write
 
-import milo
 from milo.evaluate.folder import load_model, load_tokenizer
 from milo.evaluate.scores import Score, compare, read_scores
 from milo.evaluate.suite import task_names
@@ -74,20 +70,8 @@ def main() -> None:
         results = [asdict(row) for row in found]
         rows.append({"recipe": recipe, "seconds": time.perf_counter() - started, "results": results})
         print(recipe, {f"{row.task} {row.metric}": round(row.value, 4) for row in found}, flush=True)
-    result = {
-        "device": device_name(args.device),
-        "model": Path(args.model).name,
-        "limit": args.limit,
-        "batch": args.batch,
-        "dtype": args.dtype,
-        "milo": milo.__version__,
-        "lm_eval": version("lm_eval"),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "rows": rows,
-    }
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps(result, indent=1) + "\n")
+    settings = {"model": Path(args.model).name, "limit": args.limit, "batch": args.batch, "dtype": args.dtype}
+    write(args.out, header(args.device, settings, "lm_eval", "torch", "transformers") | {"rows": rows})
 
 
 if __name__ == "__main__":

@@ -84,3 +84,14 @@ def route(
     torch.manual_seed(seed)
     weights, ids = torch.rand(tokens, experts).softmax(-1).topk(topk)
     return ids.to(device), weights.to(device)
+
+
+def stacked(
+    encoding: Encoding, ranks: tuple[int, ...], device: str = "cuda"
+) -> tuple[ops.PackedMatrix, list[ops.PackedMatrix], torch.Tensor]:
+    """Matrices of 192, 64 and 96 out-features as one, alone, and all of them dense in float64."""
+    rows, columns = (192, 64, 96), 1152
+    made = [experts_of((n, columns), [rank], encoding, n) for n, rank in zip(rows, ranks, strict=True)]
+    there = [{n: t.to(device) for n, t in matrix.items()} for (matrix,), _ in made]
+    alone = [ops.repack([[matrix]], encoding, (n, columns)) for n, matrix in zip(rows, there, strict=True)]
+    return ops.stack(alone), alone, torch.cat([weight for _, (weight,) in made])

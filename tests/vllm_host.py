@@ -106,6 +106,7 @@ def _latent_attention(
     self: Any, q: torch.Tensor, kv_c_normed: torch.Tensor, k_pe: torch.Tensor, *arguments: Any, **more: Any
 ) -> torch.Tensor:
     """Through the absorbed `kv_b_proj`, as decoding does it."""
+    kv_c_normed = kv_c_normed.to(self.kv_b_proj.weight.dtype)  # as vLLM's prefill does after a cached context
     nope, rope = q.split([self.qk_nope_head_dim, self.qk_rope_head_dim], -1)
     latent = torch.einsum("thn,hnl->htl", nope, self.W_UK_T)
     q, k = torch.cat([latent, rope.transpose(0, 1)], -1), torch.cat([kv_c_normed, k_pe.flatten(1)], -1)

@@ -1,10 +1,10 @@
 """Operators on compressed matrices, for anybody: nothing here knows a model.
 
-`repack` turns the format's tensors into the kernels' layout once, on the device; `linear` and `moe_ffn` multiply by
-them without ever expanding the weights. Both are `torch.library` custom operators (`torch.ops.milo.linear`,
-`torch.ops.milo.moe_ffn`) with fake implementations: they work under `torch.compile` and in CUDA graphs, never
-synchronise, and give the same bits at every run. On a CPU, or for activations the kernels do not take, they compute
-the same function in plain PyTorch.
+`repack` turns the format's tensors into the kernels' layout once, on the device, and `stack` makes one matrix of
+several (q, k and v); `linear` and `moe_ffn` multiply by them without ever expanding the weights. Both are
+`torch.library` custom operators (`torch.ops.milo.linear`, `torch.ops.milo.moe_ffn`) with fake implementations: they
+work under `torch.compile` and in CUDA graphs, never synchronise, and give the same bits at every run. On a CPU, or for
+activations the kernels do not take, they compute the same function in plain PyTorch.
 
 There are two families of kernels, for few and for many tokens an expert; which one runs follows from shapes alone.
 The first call of a kind (dtype, bits, group size, range of tokens) compiles for a few seconds unless the cache on disk
@@ -13,14 +13,15 @@ has it; make it before a graph is captured.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
 from milo.kernels import decode, packed_reference, prefill
 from milo.kernels.layout import PackedMatrix, repack
+from milo.kernels.stacking import apart, stack
 
-__all__ = ["PackedMatrix", "linear", "moe_ffn", "repack"]
+__all__ = ["PackedMatrix", "linear", "moe_ffn", "repack", "stack"]
 
 
 def linear(x: torch.Tensor, weight: PackedMatrix, bias: torch.Tensor | None = None) -> torch.Tensor:
@@ -28,7 +29,7 @@ def linear(x: torch.Tensor, weight: PackedMatrix, bias: torch.Tensor | None = No
 
     Args:
         x: `[..., K]`, float16 or bfloat16 (any floating dtype on a CPU).
-        weight: one matrix, from `repack`.
+        weight: one matrix, from `repack`, or several over their out-features, from `stack`.
         bias: `[N]` in the dtype of `x`, or None.
 
     Returns:
@@ -97,11 +98,22 @@ def _linear(
     x: torch.Tensor, weight: Sequence[torch.Tensor], numbers: Sequence[int], bias: torch.Tensor | None
 ) -> torch.Tensor:
     matrix = PackedMatrix.of(weight, numbers)
-    tokens = x.shape[0]
+    tokens, bias = x.shape[0], None if bias is None else bias.contiguous()
     if not tokens or not decode.supports(x.device, x.dtype)[0]:
-        return packed_reference.linear(x, matrix, bias)
-    many = prefill.prefers(tokens, 1, 1) and prefill.supports(x.device, x.dtype)[0]
-    return (prefill if many else decode).linear(_aligned(x), matrix, None if bias is None else bias.contiguous())
+        return _apart(packed_reference.linear, x, matrix, bias)
+    if prefill.prefers(tokens, 1, 1) and prefill.supports(x.device, x.dtype)[0]:
+        return _apart(prefill.linear, _aligned(x), matrix, bias)
+    return decode.linear(_aligned(x), matrix, bias)
+
+
+def _apart(
+    linear: Callable[..., torch.Tensor], x: torch.Tensor, matrix: PackedMatrix, bias: torch.Tensor | None
+) -> torch.Tensor:
+    """Stacked matrices one by one, where launches do not count."""
+    matrices = apart(matrix)
+    biases = [None] * len(matrices) if bias is None else bias.split([m.out_features for m in matrices])
+    parts = [linear(x, m, b) for m, b in zip(matrices, biases, strict=True)]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
 
 
 @_linear.register_fake

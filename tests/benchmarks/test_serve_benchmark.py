@@ -152,7 +152,7 @@ def test_tables(modules: dict[str, Any]) -> None:
 
 def test_a_run_with_a_stand_in_engine(tmp_path: Path) -> None:
     """Both systems boot at once; the one that fails is reported with its log, the other's row is added to the file."""
-    for name in ("serve.py", "published.py"):
+    for name in ("serve.py", "published.py", "kurtosis.py"):
         shutil.copy(BENCHMARKS / name, tmp_path)
     (tmp_path / "vllm.py").write_text(FAKE_VLLM)
     (tmp_path / "serve_worker.py").touch()

@@ -7,8 +7,8 @@ import torch
 
 from milo import ops
 from milo.format.matrix import Encoding
-from milo.kernels import cutting, decode
-from operators import COMPACT, DTYPES, RANKS, Block, check, experts_of, route
+from milo.kernels import cutting, decode, nvrtc
+from operators import COMPACT, DTYPES, RANKS, Block, check, experts_of, route, stacked
 
 pytestmark = [
     pytest.mark.gpu,
@@ -144,6 +144,17 @@ def test_linear(dtype: torch.dtype, rank: int, tokens: int) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("encoding", [Encoding(), Encoding(6, 64, 6, 8)], ids=str)
+@pytest.mark.parametrize("ranks", [(0, 0, 0), (17, 0, 80)])
+def test_stacked_linears(dtype: torch.dtype, encoding: Encoding, ranks: tuple[int, ...]) -> None:
+    packed, _, weight = stacked(encoding, ranks)
+    bias = torch.randn(weight.shape[0], device="cuda", dtype=dtype)
+    for tokens in (1, 8, 33, 130):
+        x = torch.randn(tokens, weight.shape[1], device="cuda", dtype=dtype)
+        check(ops.linear(x, packed, bias), x.double().cpu() @ weight.T + bias.double().cpu())
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("encoding", COMPACT, ids=str)
 @pytest.mark.parametrize("tokens", [1, 8, 33, 130])
 def test_linear_with_compact_metadata_and_wide_codes(dtype: torch.dtype, encoding: Encoding, tokens: int) -> None:
@@ -188,3 +199,17 @@ def test_compiles_without_a_graph_break(block: Block, op: str) -> None:
     compiled = torch.compile(call, fullgraph=True, mode="reduce-overhead")
     for _ in range(3):
         torch.testing.assert_close(compiled(x).clone(), call(x), rtol=0, atol=0)
+
+
+def test_the_kernels_of_sm_80(block: Block, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What an A100 would run, compiled by the driver from PTX for it: without programmatic dependent launch."""
+    monkeypatch.setattr(nvrtc, "architecture", lambda device, own: "compute_80")
+    decode._kernels.cache_clear()
+    try:
+        for tokens in (1, 8, 40):
+            x = torch.randn(tokens, 256, device="cuda", dtype=torch.bfloat16)
+            ids, weights = route(tokens, 8, 2)
+            y = decode.moe_ffn(x, block.gate_up, block.down, ids, weights, "silu", None)
+            check(y, block.expected(x, ids, weights))
+    finally:
+        decode._kernels.cache_clear()

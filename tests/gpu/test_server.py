@@ -56,7 +56,8 @@ def address(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
         port = free.getsockname()[1]
     log = tmp_path_factory.mktemp("log") / "server.log"
     command = [sys.executable, "-m", "milo.cli.app", "serve", str(folder), "--host", "127.0.0.1", "--port", str(port)]
-    command += ["--attention-backend", "TRITON_ATTN", "--gpu-memory-utilization", "0.3"]
+    command += ["--attention-backend", "TRITON_ATTN", "--gpu-memory-utilization", "0.1"]
+    command += ["--kv-cache-memory-bytes", str(1 << 30)]
     with log.open("wb") as stream:
         server = subprocess.Popen(command, stdout=stream, stderr=subprocess.STDOUT, start_new_session=True)
     try:

@@ -197,7 +197,8 @@ def serve(
         max_model_len=1024,
         max_num_seqs=8,
         max_num_batched_tokens=2048,
-        gpu_memory_utilization=0.3,
+        kv_cache_memory_bytes=1 << 30,  # given, not profiled: engines may run side by side
+        gpu_memory_utilization=0.1,
         compilation_config={"cudagraph_capture_sizes": [1, 2, 4, 8]},
     )
     try:

@@ -17,7 +17,7 @@ from milo import ops
 from milo.format.matrix import Encoding
 from milo.kernels import decode
 from milo.kernels.cutting import CONFIGS
-from operators import RANKS, Block, check, experts_of, route
+from operators import RANKS, Block, check, experts_of, route, stacked
 
 
 @pytest.fixture(scope="module")
@@ -125,3 +125,16 @@ def test_linear(rank: int) -> None:
     for tokens in (1, 8, 33):
         x = torch.randn(tokens, shape[1], dtype=torch.float16)
         check(decode.linear(x, packed, bias), x.double() @ weight.T + bias.double())
+
+
+@pytest.mark.parametrize("encoding", [Encoding(), Encoding(6, 64, 6, 8)], ids=str)
+@pytest.mark.parametrize("ranks", [(0, 0, 0), (17, 0, 80)])
+def test_stacked_linears(encoding: Encoding, ranks: tuple[int, ...]) -> None:
+    """As many matrices as there are in one launch, each with its own rank; as views they are what they were."""
+    packed, alone, weight = stacked(encoding, ranks, "cpu")
+    bias = torch.randn(weight.shape[0], dtype=torch.float16)
+    for tokens in (1, 8, 33):
+        x = torch.randn(tokens, weight.shape[1], dtype=torch.float16)
+        check(decode.linear(x, packed, bias), x.double() @ weight.T + bias.double())
+    x = torch.randn(3, weight.shape[1], dtype=torch.float16)
+    assert torch.equal(ops.linear(x, packed), torch.cat([ops.linear(x, m) for m in alone], -1))

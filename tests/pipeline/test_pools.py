@@ -29,7 +29,7 @@ from milo.pipeline.job import Job
 from milo.pipeline.layout import lay_out_checkpoint
 from milo.pipeline.planning import plan_source
 from milo.pipeline.pools import Lane, ProcessPool
-from milo.pipeline.schedule import cost, in_order, take_canary
+from milo.pipeline.schedule import cost, in_order
 from milo.pipeline.work import Item, Stack, work_items
 from milo.plan.recipe import custom_recipe
 from milo.solve.stack import Solved
@@ -238,22 +238,17 @@ def test_items_cover_everything_once_and_come_largest_first(
     assert len([item for item in items if not item.row]) == 2  # two vocabularies of 16 kB do not fit into one
     for row in plan.rows:
         assert [m for item in items if item.row == row.name for m in item.members] == list(range(len(row.ranks)))
-    ordered = in_order(items, plan)
-    assert set(ordered) == set(items)
-    assert [not item.row for item in ordered] == sorted((not item.row for item in items), reverse=True)
+    canary, *ordered = in_order(items, plan)
+    assert {canary, *ordered} == set(items)
+    assert len(ordered) == len(items) - 1
+    assert [not item.row for item in ordered] == sorted((not item.row for item in ordered), reverse=True)
     costs = [cost(item, plan) for item in ordered if item.row]
     assert costs == sorted(costs, reverse=True)
-    assert take_canary(ordered, plan, 2) == ([], ordered)
-    monkeypatch.setattr("milo.pipeline.schedule.LONG", 2)
-    (canary,), rest = take_canary(ordered, plan, 2)
-    assert {canary, *rest} == set(items)
-    assert len(rest) == len(items) - 1
     assert len(canary.members) * 96 * 64 == work.PIECE["cpu"]
 
 
-def test_the_canary_sings_alone(mixtral_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing else is begun before the item that needs most memory is solved and written."""
-    monkeypatch.setattr("milo.pipeline.schedule.LONG", 1)
+def test_the_canary_sings_first(mixtral_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The item that needs most memory is the first to be solved and written."""
     events: list[tuple[str, str]] = []
     solve, put = job.solve_piece, TensorWriter.write
 
@@ -267,7 +262,7 @@ def test_the_canary_sings_alone(mixtral_folder: Path, tmp_path: Path, monkeypatc
 
     monkeypatch.setattr(job, "solve_piece", solving)
     monkeypatch.setattr(TensorWriter, "write", writing)
-    builders.compress(mixtral_folder, tmp_path / "out", workers=3, **KNOBS)
+    builders.compress(mixtral_folder, tmp_path / "out", workers=1, **KNOBS)
     kinds = [kind for kind, _ in events]
     second = kinds.index("solve", 1)
     assert ".experts.*." in events[0][1]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
+from itertools import accumulate
 
 import torch
 
@@ -247,9 +248,11 @@ class _Call:
             *matrices(weight),
             Compensator(
                 weight.u_codes.data_ptr(), weight.u_scales.data_ptr(), weight.table.data_ptr(), workspace[t],
-                TILE * weight.v_row_tiles, self.config.v_splits(k_tiles),
+                TILE * weight.v_row_tiles, self.config.v_splits(k_tiles), len(weight.stack),
             ),
         )  # fmt: skip
+        for number, rows in enumerate(accumulate(out_features for out_features, _ in weight.stack)):
+            params.compensator.ends[number] = -(-rows // TILE)
         params.x, params.partial, params.carry = x, workspace["partial"], workspace["carry"]
         params.tokens, params.topk, params.in_features = self.tokens, self.topk, weight.columns
         params.rows, params.row_tiles = weight.out_features, row_tiles

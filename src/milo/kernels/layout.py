@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 import torch
 from torch.nn import functional as F
@@ -36,7 +37,8 @@ class PackedMatrix:
         u_scales: float16 `[U steps, parts, 16]`.
         v_codes: int32 `[V row tiles, K tiles, bits, 32, 4]`.
         v_meta: float16, as `meta`.
-        table: int32 `[E, 4]`: first V row tile, V row tiles, first U step, U steps a row tile.
+        table: int32 `[E, 4]`: first V row tile, V row tiles, first U step, U steps a row tile; for stacked matrices
+            `[matrices, 4]`.
         out_features: `N` of one part.
         in_features: `K`.
         bits: width of a plane's code, 3 or 4.
@@ -44,6 +46,7 @@ class PackedMatrix:
         parts: 1, or 2 for gate and up.
         v_row_tiles: the most V row tiles of any expert; 0 where no expert has a compensator.
         planes: 2 for codes of 6 and 8 bits, which stand side by side along K.
+        stack: where several matrices are one (`milo.kernels.stacking`), out-features and V row tiles of each.
     """
 
     codes: torch.Tensor
@@ -60,6 +63,7 @@ class PackedMatrix:
     parts: int
     v_row_tiles: int
     planes: int = 1
+    stack: tuple[tuple[int, int], ...] = ()
 
     @property
     def columns(self) -> int:
@@ -73,13 +77,18 @@ class PackedMatrix:
     @property
     def numbers(self) -> list[int]:
         sizes = [self.out_features, self.in_features, self.bits, self.group_size]
-        return [*sizes, self.parts, self.v_row_tiles, self.planes]
+        return [*sizes, self.parts, self.v_row_tiles, self.planes, *chain(*self.stack)]
 
     @classmethod
     def of(cls, tensors: Sequence[torch.Tensor], numbers: Sequence[int]) -> PackedMatrix:
         """Inverse of (`tensors`, `numbers`), which is how a matrix passes through an operator's signature."""
         codes, meta, u_codes, u_scales, v_codes, v_meta, table = tensors
-        return cls(codes, meta, u_codes, u_scales, v_codes, v_meta, table, *numbers)
+        n, k, bits, group_size, parts, v_row_tiles, planes, *stacked = numbers
+        pairs = tuple(zip(stacked[::2], stacked[1::2], strict=True))
+        return cls(
+            codes, meta, u_codes, u_scales, v_codes, v_meta, table,
+            n, k, bits, group_size, parts, v_row_tiles, planes, pairs,
+        )  # fmt: skip
 
     @property
     def nbytes(self) -> int:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import os
+import re
 import tempfile
 from collections.abc import Mapping
 from functools import lru_cache
@@ -57,9 +58,9 @@ class Module:
 
     def __init__(self, name: str, macros: Mapping[str, int], device: int, own: bool = False) -> None:
         self._driver, _ = _bindings()
-        major, minor = torch.cuda.get_device_capability(device)
-        architecture = f"sm_{major}{minor}{'a' if own else ''}"
-        options = (f"--gpu-architecture={architecture}", *(f"-D{key}={value}" for key, value in macros.items()))
+        target = architecture(device, own)
+        self.waits = int(re.sub(r"\D", "", target)) >= 90  # older code has no instruction to wait for the kernel ahead
+        options = (f"--gpu-architecture={target}", *(f"-D{key}={value}" for key, value in macros.items()))
         binary = compile_cached(name, options)
         with torch.cuda.device(device):
             torch.cuda.current_stream().synchronize()  # makes PyTorch's context current in this thread
@@ -100,7 +101,7 @@ class Kernel:
             threads: block size.
             params: the kernel's only parameter.
             early: whether it may start before the kernel ahead of it in the stream has finished (programmatic
-                dependent launch); the kernel itself then waits where it must.
+                dependent launch, from sm_90 on); the kernel itself then waits where it must.
             shared_bytes: dynamic shared memory, where this launch needs less than was allowed.
         """
         config = self._module._driver.CUlaunchConfig()
@@ -108,14 +109,20 @@ class Kernel:
         config.blockDimX, config.blockDimY, config.blockDimZ = threads, 1, 1
         config.sharedMemBytes = self._shared_bytes if shared_bytes is None else shared_bytes
         config.hStream = torch.cuda.current_stream().cuda_stream
-        if early:
+        if early and self._module.waits:
             config.attrs, config.numAttrs = [self._early], 1
         pointers = (ctypes.c_void_p * 1)(ctypes.addressof(params))
         self._module._call("cuLaunchKernelEx", config, self._function, ctypes.addressof(pointers), 0)
 
 
+def architecture(device: int, own: bool) -> str:
+    """What is compiled for a device: `sm_90`, or `sm_90a` where a kernel uses what this architecture alone has."""
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"sm_{major}{minor}{'a' if own else ''}"
+
+
 def compile_cached(name: str, options: tuple[str, ...]) -> bytes:
-    """The cubin of a source file, from the cache or compiled now."""
+    """The cubin of a source file, from the cache or compiled now; PTX for a virtual architecture (`compute_80`)."""
     _, nvrtc = _bindings()
     sources = {path.name: path.read_bytes() for path in sorted(SOURCES.glob("*.cu*"))}
     content = repr((name, sources, options, nvrtc.nvrtcVersion())).encode()
@@ -147,8 +154,9 @@ def _compile(nvrtc: Any, name: str, sources: Mapping[str, bytes], options: tuple
         log = b" " * nvrtc.nvrtcGetProgramLogSize(program)[1]
         nvrtc.nvrtcGetProgramLog(program, log)
         raise KernelError(f"{name} does not compile ({error}):\n{log.decode()}")
-    binary = b" " * nvrtc.nvrtcGetCUBINSize(program)[1]
-    nvrtc.nvrtcGetCUBIN(program, binary)
+    kind = "PTX" if any("compute_" in option for option in options) else "CUBIN"
+    binary = b" " * getattr(nvrtc, f"nvrtcGet{kind}Size")(program)[1]
+    getattr(nvrtc, f"nvrtcGet{kind}")(program, binary)
     nvrtc.nvrtcDestroyProgram(program)
     return binary
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ctypes
 
+from milo.kernels.stacking import MAX_STACK
+
 
 class Routing(ctypes.Structure):
     _fields_ = (
@@ -22,7 +24,8 @@ class Matrix(ctypes.Structure):
 class Compensator(ctypes.Structure):
     _fields_ = (
         [(n, ctypes.c_void_p) for n in ("u_codes", "u_scales", "table", "t")]
-        + [(n, ctypes.c_int) for n in ("t_stride", "t_splits")]
+        + [(n, ctypes.c_int) for n in ("t_stride", "t_splits", "stacked")]
+        + [("ends", ctypes.c_int * MAX_STACK)]
     )  # fmt: skip
 
 

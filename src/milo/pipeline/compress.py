@@ -33,7 +33,7 @@ from milo.pipeline.journal import Journal
 from milo.pipeline.layout import MAX_SHARD_SIZE, copied_spec, lay_out_checkpoint
 from milo.pipeline.memory import Peak
 from milo.pipeline.pools import Pool
-from milo.pipeline.schedule import in_order, take_canary
+from milo.pipeline.schedule import in_order
 from milo.pipeline.work import left_over, work_items
 from milo.plan.plan import Plan, Row
 from milo.solve.stack import Solved
@@ -141,8 +141,7 @@ def compress_checkpoint(
             with closing(pool or open_pool(devices, workers, ray)) as opened:
                 opened.begin(job)
                 items = left_over(work_items(plan, copied, opened.device), book.done)
-                for part in take_canary(in_order(items, plan), plan, opened.workers):
-                    book.enter(opened.run(part))
+                book.enter(opened.run(in_order(items, plan)))
         book.settle()
         seconds = time.perf_counter() - begin
         measured = book.matrices()

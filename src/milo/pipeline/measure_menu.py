@@ -60,12 +60,12 @@ def measure_menu(
     rows = [Row(g.name, g.role, g.kind, g.shape, (0,) * g.count, menu[0], GRID, g.transposed) for g in groups.values()]
 
     @torch.no_grad()
-    def solve(item: tuple[Row, range]) -> tuple[Row, range, list[_Member]]:
+    def solve(item: tuple[Row, range]) -> tuple[Row, range, list[Member]]:
         row, members = item
         weight = read_members(source.checkpoint, groups[row.name], members).on(device).float()
         known = (importance or {}).get(row.name)
         with on_device(device):
-            found = _errors(
+            found = measure_stack(
                 weight,
                 offered[row.name],
                 ranks,
@@ -75,7 +75,7 @@ def measure_menu(
         return row, members, found
 
     total, done = sum(row.parameters for row in rows), 0
-    members_of: dict[str, dict[int, _Member]] = {name: {} for name in groups}
+    members_of: dict[str, dict[int, Member]] = {name: {} for name in groups}
     workers = worker_count(device)
     pool = solving_threads(workers)
     try:
@@ -87,7 +87,7 @@ def measure_menu(
                 progress(done, total, row.name)
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
-    return {name: _measured([found[m] for m in sorted(found)], offered[name]) for name, found in members_of.items()}
+    return {name: summed([found[m] for m in sorted(found)], offered[name]) for name, found in members_of.items()}
 
 
 def _menu(group: Group, menu: Sequence[Encoding]) -> list[Encoding]:
@@ -96,22 +96,35 @@ def _menu(group: Group, menu: Sequence[Encoding]) -> list[Encoding]:
 
 
 @dataclass
-class _Member:
+class Member:
     """One matrix: its squared norm, and its squared errors by encoding and rank."""
 
     norm: float
     errors: dict[Encoding, dict[int, float]]
 
 
-def _measured(members: Sequence[_Member], menu: Sequence[Encoding]) -> Measured:
+def summed(members: Sequence[Member], menu: Sequence[Encoding]) -> Measured:
+    """A group's errors from its members', in their order."""
     return Measured(sum(m.norm for m in members), {e: [m.errors[e] for m in members] for e in menu})
 
 
-def _errors(
+def measure_stack(
     weight: torch.Tensor, menu: Sequence[Encoding], ranks: Sequence[int], name: str, importance: torch.Tensor | None
-) -> list[_Member]:
+) -> list[Member]:
+    """Errors of every option of some matrices.
+
+    Args:
+        weight: float32 `[E, N, K]`.
+        menu: encodings to try.
+        ranks: ranks to try.
+        name: of the group, for errors.
+        importance: of the in-features, float32 `[E, K]`, or None.
+
+    Raises:
+        WeightError: NaN or Inf in a matrix.
+    """
     norms = torch.linalg.vector_norm(weight, dim=(1, 2)).double().square().tolist()
-    found = [_Member(norm, {}) for norm in norms]
+    found = [Member(norm, {}) for norm in norms]
     for encoding in menu:
         plain = solve_stack(weight, [0] * len(norms), encoding, GRID, name=name, importance=importance)
         for member, solved in zip(found, plain, strict=True):

@@ -3,8 +3,9 @@
 Largest first, as list scheduling wants it: the last items to finish are small, so no worker is left alone with a big
 one. Copies come before everything else, because reading and writing overlaps with solving and not with itself.
 
-The very first is the *canary*: the item that needs the most memory, solved alone if the run is a long one. A GPU
-that is too small, a disk that lies about its room or a solver that fails show within the first minute.
+The very first is the *canary*: the item that needs the most memory. A GPU that is too small, a disk that lies about
+its room or a solver that fails show within the first minute. The others follow without waiting for it: what it meets
+ends the run all the same, and with two GPUs one would stand idle meanwhile.
 """
 
 from __future__ import annotations
@@ -13,8 +14,6 @@ from collections.abc import Sequence
 
 from milo.pipeline.work import Item
 from milo.plan.plan import Plan
-
-LONG = 16  # items a worker; in a shorter run the canary sings in the choir
 
 
 def passes(rank: int, rounds: int) -> float:
@@ -34,24 +33,13 @@ def cost(item: Item, plan: Plan) -> float:
 
 
 def in_order(items: Sequence[Item], plan: Plan) -> list[Item]:
-    """Copies, then the largest first; equal ones in the order of the output."""
+    """The canary, copies, then the largest first; equal ones in the order of the output."""
     copies = [item for item in items if not item.row]
-    return copies + sorted((item for item in items if item.row), key=lambda item: -cost(item, plan))
-
-
-def take_canary(items: Sequence[Item], plan: Plan, workers: int) -> tuple[list[Item], list[Item]]:
-    """Split off the item to begin with: the one with the most elements, then the highest rank.
-
-    Returns:
-        The canary (empty for a short run) and the rest, in order.
-    """
-    solved = [item for item in items if item.row]
-    if len(solved) <= LONG * workers:
-        return [], list(items)
+    solved = sorted((item for item in items if item.row), key=lambda item: -cost(item, plan))
 
     def need(item: Item) -> tuple[int, int]:
         row = plan.by_name[item.row]
         return len(item.members) * row.shape[0] * row.shape[1], max(row.ranks[item.first : item.stop])
 
-    canary = max(solved, key=need)
-    return [canary], [item for item in items if item != canary]
+    canary = [max(solved, key=need)] if solved else []
+    return canary + copies + [item for item in solved if item not in canary]

@@ -1,10 +1,10 @@
 """vLLM's linear layers over compressed matrices.
 
-A layer has one part for each stored matrix: `q_proj`, `k_proj` and `v_proj` of a `qkv_proj`, each with bits, groups and
-rank of its own, each one call of `milo.ops.linear`. Shards follow from sizes alone: a part is cut over its
-out-features where the layer holds fewer than the matrix has, over its in-features likewise. A compensator follows its
-matrix: `U` is cut over out-features, `V` over in-features, so that the partial products of a row-parallel layer,
-compensator included, add up in vLLM's own all-reduce.
+A layer has a piece for each stored matrix: `q_proj`, `k_proj` and `v_proj` of a `qkv_proj`, each with bits, groups and
+rank of its own. Neighbours that differ in rank alone are stacked and are one launch. Shards follow from sizes alone: a
+matrix is cut over its out-features where the layer holds fewer than it has, over its in-features likewise. A
+compensator follows its matrix: `U` is cut over out-features, `V` over in-features, so that the partial products of a
+row-parallel layer, compensator included, add up in vLLM's own all-reduce.
 """
 
 from __future__ import annotations
@@ -22,19 +22,22 @@ from milo.errors import FormatError, ServingError
 from milo.integrations.vllm.config import MiloQuantizationConfig, Source
 from milo.integrations.vllm.pieces import Piece, Waiting, empty, share, stored_dtypes
 from milo.integrations.vllm.start import check_kernels, is_dummy, prepare
-from milo.kernels.layout import repack
+from milo.kernels.layout import TILE, repack
+from milo.kernels.stacking import MAX_STACK, stack
 from milo.modules.packed import PackedWeight
 
 _SHARDS = ("q", "k", "v")
 
 
 class CompressedPart(nn.Module):
-    """One matrix of a layer, this rank's shard, in the kernels' layout."""
+    """One matrix of a layer, or neighbours that stack; this rank's shard, in the kernels' layout."""
 
-    def __init__(self, piece: Piece, dtype: torch.dtype) -> None:
+    def __init__(self, pieces: Sequence[Piece], dtype: torch.dtype) -> None:
         super().__init__()
-        self.packed = PackedWeight(repack([[piece.take()]], piece.encoding, piece.shape))
-        self.rows, self.pad = piece.rows.lead, (piece.columns.lead, piece.tail)
+        first = pieces[0]
+        packed = [repack([[piece.take()]], piece.encoding, piece.shape) for piece in pieces]
+        self.packed = PackedWeight(stack(packed) if len(packed) > 1 else packed[0])
+        self.rows, self.pad = first.rows.lead, (first.columns.lead, first.tail)
         prepare(self.packed.matrix, dtype)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -86,6 +89,17 @@ class DensePart(nn.Module):
         return F.linear(x, self.weight)
 
 
+def stacks(above: Piece | DensePiece, below: Piece | DensePiece) -> bool:
+    """Whether a matrix and the one after it can be one launch."""
+    if isinstance(above, DensePiece) or isinstance(below, DensePiece) or above.rows.lead or below.rows.lead:
+        return False
+    ways = [
+        (p.columns.lead, p.tail, p.shape[1], p.encoding.plane_bits, p.encoding.planes, p.encoding.group_size)
+        for p in (above, below)
+    ]
+    return ways[0] == ways[1] and above.shape[0] % TILE == 0
+
+
 class MiloLinearMethod(LinearMethodBase):
     """Loads and applies one linear layer.
 
@@ -126,6 +140,8 @@ class MiloLinearMethod(LinearMethodBase):
                 dtypes |= stored_dtypes(source.row) if source.row else {}
         for suffix, dtype in dtypes.items():
             layer.register_parameter(suffix, empty(dtype, partial(self._load, layer, suffix)))
+        if "weight" not in dtypes:  # without elements: vLLM 0.26's latent attention asks kv_b_proj.weight for its dtype
+            layer.register_buffer("weight", torch.empty(0, dtype=params_dtype), persistent=False)
 
     def _bind(self, layer: LinearBase, sources: Sequence[Source]) -> None:
         """Say what each part of the layer waits for."""
@@ -168,9 +184,17 @@ class MiloLinearMethod(LinearMethodBase):
             self._finish(layer)
 
     def _finish(self, layer: LinearBase) -> None:
-        parts: list[nn.Module] = []
+        runs: list[list[Piece | DensePiece]] = []
         for piece in self._pieces:
-            parts.append(DensePart(piece) if isinstance(piece, DensePiece) else CompressedPart(piece, self._dtype))
+            if runs and stacks(runs[-1][-1], piece) and len(runs[-1]) < MAX_STACK:
+                runs[-1].append(piece)
+            else:
+                runs.append([piece])
+        parts: list[nn.Module] = []
+        for run in runs:
+            compressed = [piece for piece in run if isinstance(piece, Piece)]
+            parts += [CompressedPart(compressed, self._dtype)] if compressed else []
+            parts += [DensePart(piece) for piece in run if isinstance(piece, DensePiece)]
         layer.milo = nn.ModuleList(parts)
         self._pieces = []
 

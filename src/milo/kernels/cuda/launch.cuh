@@ -30,6 +30,15 @@ struct Compensator {
   const int4* table;    // an expert: {first V row tile, V row tiles, first U step, U steps a row tile}
   float* t;             // [splits][pairs][t_stride]
   int t_stride, t_splits;
+  int stacked, ends[4]; // matrices stacked over out-features, each with an entry of the table; their ends in row tiles
+
+  // Which entry of the table row tile `group` of an expert goes by.
+  __device__ __forceinline__ int entry(int expert, int group) const {
+    if (!stacked) return expert;
+    int number = 0;
+    for (int i = 0; i < 3; ++i) number += i < stacked - 1 && group >= ends[i];
+    return number;
+  }
 };
 
 struct Params {

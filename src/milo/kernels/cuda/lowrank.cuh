@@ -4,18 +4,31 @@
 
 constexpr int SPLITS = 4;  // of V's K, at most
 
-// total += U t, in its units, for the steps first, first + stride, ... `entry`: of the compensators' table. PARTS = 2: rows
+// Where a row tile's U begins, in steps (`z`), how many steps it has (`w`), the row tiles of the item's V (`y`), and the
+// first that is this row tile's (`x`, of stacked matrices).
+__device__ __forceinline__ int4 factors(const Compensator& c, const Part& part) {
+  const int number = c.entry(items().expert[part.item], part.group);
+  int4 entry = __ldg(c.table + number);
+  if (c.stacked) {  // all of V is one item's
+    if (number) entry.z -= c.ends[number - 1] * entry.w;
+    entry.y = c.t_stride / 64;
+  }
+  entry.z += part.group * entry.w;
+  return entry;
+}
+
+// total += U t, in its units, for the steps first, first + stride, ... `entry`: the row tile's `factors`. PARTS = 2: rows
 // 0-31 use gate's t and rows 32-63 up's. A step is read while nothing waits for it yet; t is complete when V's counter
 // says so.
 template <int PARTS>
 __device__ __forceinline__ void add_factors(const Params& p, const Part& part, const int4& entry, int first, int stride,
                                             Accumulators& total) {
   const Compensator& c = p.compensator;
-  const int lane = threadIdx.x % WARP, steps = entry.w;
+  const int lane = threadIdx.x % WARP, steps = entry.w, column = c.stacked ? entry.x * 64 : 0;  // of t
   bool complete = false;
 #pragma unroll 1
   for (int step = first; step < steps; step += stride) {
-    const long long at = entry.z + static_cast<long long>(part.group) * steps + step;
+    const long long at = entry.z + step;
     u32 words[3], scales[PARTS][2], pairs[16];
 #pragma unroll
     for (int j = 0; j < 3; ++j) words[j] = __ldg(c.u_codes + (at * 3 + j) * WARP + lane);
@@ -50,7 +63,7 @@ __device__ __forceinline__ void add_factors(const Params& p, const Part& part, c
               t[i][s] = {0, 0};
               if (s >= c.t_splits) continue;
               const long long row = s * static_cast<long long>(p.routing.pairs) + pair;
-              const int k = (side * steps + step) * 16 + 8 * i + lane % 4 * 2;
+              const int k = column + (side * steps + step) * 16 + 8 * i + lane % 4 * 2;
               t[i][s] = __ldcg(reinterpret_cast<const float2*>(c.t + row * c.t_stride + k));
             }
           }

@@ -184,7 +184,7 @@ __device__ __forceinline__ void prepare(const Params& p) {
 #pragma unroll 2
       for (int i = thread; i < p.routing.experts; i += threads) {
         const int4 entry = __ldg(p.compensator.table + i);
-        sizes[i] = entry.y | entry.w << 16;
+        sizes[i] = p.compensator.stacked ? p.compensator.t_stride / 64 : entry.y | entry.w << 16;
       }
     }
     if (p.add_items) {
@@ -255,8 +255,7 @@ __device__ __forceinline__ void work(const Params& p) {
     }
     if (part.u_steps > ALONE || (part.u_steps && place == WARPS - 1)) {
       const bool alone = part.u_steps <= ALONE;
-      const int4 entry = __ldg(p.compensator.table + items().expert[part.item]);
-      add_factors<PARTS>(p, part, entry, alone ? 0 : place, alone ? 1 : WARPS, total);
+      add_factors<PARTS>(p, part, factors(p.compensator, part), alone ? 0 : place, alone ? 1 : WARPS, total);
     }
     const int buffer = number % BUFFERS, phase = number / BUFFERS;
     float* slices = reduction() + buffer * WARPS * SLICE;

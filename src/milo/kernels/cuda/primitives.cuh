@@ -56,7 +56,7 @@ __device__ __forceinline__ uint4 load_shared_again(u32 from) {
   return v;
 }
 
-__device__ __forceinline__ void prefetch(const void* from) { asm volatile("prefetch.global.L2 [%0];" ::"l"(from)); }
+__device__ __forceinline__ void prefetch_l2(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
 
 // Programmatic dependent launch; both are no-ops where the launch does not use it (and below sm_90).
 __device__ __forceinline__ void launch_dependents() {

@@ -114,7 +114,10 @@ __device__ __forceinline__ void describe(const Params& p, int base) {
       part.group = static_cast<short>(ITEM_FIRST ? place.q : place.r);
       part.from = max(s.start, unit * p.quanta), part.to = min(s.end, (unit + 1) * p.quanta);
       pieces = p.quanta, low = part.from - unit * p.quanta, high = part.to - unit * p.quanta;
-      if (low == 0) part.u_steps = items().u_steps[number];
+      if (low == 0) {
+        const Compensator& c = p.compensator;
+        part.u_steps = c.stacked && c.t_stride ? __ldg(&c.table[c.entry(0, part.group)].w) : items().u_steps[number];
+      }
       row_tile = items().expert[number] * p.row_tiles + part.group;
     }
     const Item item = items()[number];

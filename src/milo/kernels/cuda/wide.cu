@@ -101,21 +101,30 @@ __device__ __forceinline__ void for_results(const Part& part, const Accumulators
   }
 }
 
-// Bring U's share of a row tile, which is due at the end of this part, nearer.
+// A row tile's entry of the compensators' table.
+__device__ __forceinline__ int4 entry_of(const Params& p, const Part& part) {
+  if (p.compensator.stacked && p.compensator.t_stride) return factors(p.compensator, part);
+  return make_int4(0, part.v_tiles, part.u_first + part.group * part.u_steps, part.u_steps);
+}
+// One warp: its U, which is due at the end of this part, into L2.
 template <int PARTS>
-__device__ __forceinline__ void fetch_factors(const Params& p, const Part& part, int row) {
+__device__ __forceinline__ void prefetch_factors(const Params& p, const Part& part) {
   if (part.is_v() || part.first) return;
-  const int lane = threadIdx.x % WARP, steps = part.u_steps;
-  const long long at = part.u_first + static_cast<long long>(part.group + row) * steps;
+  const int4 entry = entry_of(p, part);
+  const int lane = threadIdx.x % WARP;
 #pragma unroll 1
-  for (int i = lane; i < steps * 3; i += WARP) prefetch(p.compensator.u_codes + (at * 3 + i) * WARP);
+  for (int i = lane; i < entry.w * 3; i += WARP) {
+    prefetch_l2(p.compensator.u_codes + (static_cast<long long>(entry.z) * 3 + i) * WARP);
+  }
 #pragma unroll 1
-  for (int i = lane; i * 4 < steps * PARTS; i += WARP) prefetch(p.compensator.u_scales + (at * PARTS + i * 4) * 16);
+  for (int i = lane; i < entry.w; i += WARP) {
+    prefetch_l2(p.compensator.u_scales + (static_cast<long long>(entry.z) + i) * PARTS * 16);
+  }
 }
 
 // A warp's row tile of a unit or of a piece of one, `part` being that row tile's.
 template <int PARTS>
-__device__ __forceinline__ void finish(const Params& p, const Part& part, int rows, Accumulators& total) {
+__device__ __forceinline__ void finish(const Params& p, const Part& part, Accumulators& total) {
   if (part.is_v()) {
     const Compensator& c = p.compensator;
     float* t = c.t + part.split * static_cast<long long>(p.routing.pairs) * c.t_stride + part.group * 64;
@@ -128,14 +137,13 @@ __device__ __forceinline__ void finish(const Params& p, const Part& part, int ro
     count_up(counters(p).carried + blockIdx.x);
     return;
   }
-  const int4 factors = make_int4(0, part.v_tiles, part.u_first, part.u_steps);
-  add_factors<PARTS>(p, part, factors, 0, 1, total);
+  add_factors<PARTS>(p, part, entry_of(p, part), 0, 1, total);
   if (part.last != p.weights.ktiles) {
     const Cut& cut = scratch().cut;
 #pragma unroll 1
     for (int b = blockIdx.x + 1; b < static_cast<int>(gridDim.x) && cut(b) < part.end; ++b) {
       if (cut(b) == cut(b + 1)) continue;
-      wait_until(counters(p).carried + b, rows);
+      wait_until(counters(p).carried + b, part.rows);
       take(slice(p, b, threadIdx.x / WARP, false), part.count, total);
     }
   }
@@ -210,7 +218,9 @@ __device__ __forceinline__ void work(const Params& p) {
     const Part& part = scratch().parts[static_cast<u32>(number) % QUEUE];
     const Place place(part);
     const int count = part.count, tiles = (count + 7) / 8, last = part.last;
-    if (place.active && !place.way) fetch_factors<PARTS>(p, part, place.row);
+    Part mine = part;
+    mine.group = static_cast<short>(mine.group + place.row);
+    if (place.active && !place.way) prefetch_factors<PARTS>(p, mine);
     const int spare = place.active ? (1 << place.log) - 1 - place.way : -64;
     int order = lane % 4 >> place.log;  // of tile lane % 4 of a stage among this warp's
     if (lane % 4 != place.way + (order << place.log)) order = SPAN;
@@ -235,11 +245,7 @@ __device__ __forceinline__ void work(const Params& p) {
       }
     }
     if (place.log) add_ways(p, place, count, total);
-    if (place.active && !place.way) {
-      Part mine = part;
-      mine.group = static_cast<short>(mine.group + place.row);
-      finish<PARTS>(p, mine, part.rows, total);
-    }
+    if (place.active && !place.way) finish<PARTS>(p, mine, total);
   }
   copy_wait<0>();
 }

@@ -32,7 +32,7 @@ struct alignas(16) Part {
   u8 rows, log_ways;   // row tiles; log2 of the warps that share one
   short split;         // the run of K of V x, or -1
   short begin, count;  // of the item's pairs
-  int u_first;         // the expert's entry of the compensators' table
+  int u_first;         // the expert's entry of the compensators' table, where matrices are not stacked
   short v_tiles, u_steps;
 
   __device__ __forceinline__ bool is_v() const { return split >= 0; }
@@ -121,7 +121,8 @@ __device__ __forceinline__ void describe(const Params& p, int base) {
       if (items().v_end[middle] > group.q) last = middle; else first = middle + 1;
     }
     number = first;
-    entry = __ldg(p.compensator.table + items().expert[number]);
+    entry = p.compensator.stacked ? make_int4(0, p.compensator.t_stride / 64, 0, 0)
+                                  : __ldg(p.compensator.table + items().expert[number]);
     const int row = (group.q - (first ? items().v_end[first - 1] : 0)) * WARPS;
     part.group = static_cast<short>(row), part.rows = static_cast<u8>(min(WARPS, entry.y - row));
     part.row_tile = entry.x + row;
@@ -138,7 +139,7 @@ __device__ __forceinline__ void describe(const Params& p, int base) {
     part.group = static_cast<short>(row), part.rows = static_cast<u8>(min(WARPS, p.row_tiles - row));
     part.row_tile = items().expert[number] * p.row_tiles + row;
     const int log = log_ways(part.rows);
-    if (p.compensator.t_stride) entry = __ldg(p.compensator.table + items().expert[number]);
+    if (p.compensator.t_stride && !p.compensator.stacked) entry = __ldg(p.compensator.table + items().expert[number]);
     part.first = static_cast<short>(max(s.start - start, 0) << log);
     part.last = static_cast<short>(min((min(s.end, part.end) - start) << log, p.weights.ktiles));
   }
@@ -164,12 +165,12 @@ __device__ __forceinline__ void prepare(const Params& p) {
   auto& memory = *reinterpret_cast<Items::Sorting*>(shared + X_AT);
   u32* sizes = memory.spare;
   const bool compensated = p.compensator.t_stride > 0;
-  auto gather = [&](int thread, int threads) {  // groups of V's row tiles, and steps of U
+  auto gather = [&](int thread, int threads) {  // groups of V's row tiles
     if (!compensated) return;
 #pragma unroll 2
     for (int i = thread; i < p.routing.experts; i += threads) {
-      const int4 entry = __ldg(p.compensator.table + i);
-      sizes[i] = (entry.y + WARPS - 1) / WARPS | entry.w << 16;
+      const int tiles = p.compensator.stacked ? p.compensator.t_stride / 64 : __ldg(&p.compensator.table[i].y);
+      sizes[i] = (tiles + WARPS - 1) / WARPS;
     }
   };
   if (p.routing.ids) {
