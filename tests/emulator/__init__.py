@@ -24,15 +24,15 @@ HERE = Path(__file__).parent
 SLOTS = 5  # blocks that "run at a time": few, so that stretches begin and end anywhere
 
 
-def _compiled(driver: str, macros: dict[str, int], folder: Path) -> ctypes.CDLL:
-    library = folder / f"{Path(driver).stem}-{'-'.join(map(str, macros.values()))}.so"
+def _compiled(driver: str, source: str, macros: dict[str, int], folder: Path) -> ctypes.CDLL:
+    library = folder / f"{Path(source).stem}-{'-'.join(map(str, macros.values()))}.so"
     if not library.exists():
         sources = folder / "src"
         if not sources.exists():
             shutil.copytree(nvrtc.SOURCES, sources)
             for replaced in (*HERE.glob("*.cuh"), *HERE.glob("*.cpp")):
                 shutil.copy(replaced, sources)
-        flags = [f"-D{key}={value}" for key, value in macros.items()]
+        flags = [f"-D{key}={value}" for key, value in macros.items()] + [f'-DEMULATED="{source}"']
         command = ["g++", "-std=c++17", "-O1", "-shared", "-fPIC", "-w", *flags, str(sources / driver)]
         subprocess.run([*command, "-o", str(library)], check=True)
     return ctypes.CDLL(str(library))
@@ -45,7 +45,7 @@ class EmulatedKernels:
 
     def __init__(self, config: Config, bits: int, halves: int, b16: bool, folder: Path) -> None:
         macros = decode.macros(config, bits, halves, b16)
-        self._library = _compiled("driver.cpp", macros, folder)
+        self._library = _compiled("driver.cpp", config.source, macros, folder)
         self._shared = {"gate_up": config.shared_bytes(bits, halves), "combine": 4 * config.pairs}
         self._shared["down"] = self._shared["gate_up"]
 
@@ -96,7 +96,7 @@ class EmulatedPrefill:
     def __init__(
         self, config: prefill_config.Config, bits: int, halves: int, b16: bool, kind: int, folder: Path
     ) -> None:
-        self._library = _compiled("prefill_driver.cpp", config.macros(bits, halves, b16, kind), folder)
+        self._library = _compiled("prefill_driver.cpp", "prefill.cu", config.macros(bits, halves, b16, kind), folder)
         self._shared = {"multiply": config.ring(bits, halves)[1], "prepare": 0, "combine": 0}
 
     def __getattr__(self, name: str) -> Any:

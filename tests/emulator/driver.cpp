@@ -1,5 +1,5 @@
-// Exposes the kernels of moe.cu to Python: one function a kernel, compiled with the kernels' own macros.
-#include "moe.cu"
+// Exposes the kernels of moe.cu or wide.cu to Python: one function a kernel, compiled with the kernels' own macros.
+#include EMULATED
 
 #define KERNEL(name)                                                                                  \
   extern "C" void launch_##name(unsigned blocks, unsigned threads, int shared_bytes, Params* params) { \

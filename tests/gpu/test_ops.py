@@ -31,12 +31,27 @@ def test_moe_tokens(block: Block, dtype: torch.dtype, tokens: int) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("config", cutting.CONFIGS)
-@pytest.mark.parametrize("tokens", [1, 5, 40])
+@pytest.mark.parametrize("tokens", [1, 5, 40, 150])
 def test_moe_every_configuration(block: Block, dtype: torch.dtype, config: cutting.Config, tokens: int) -> None:
+    """Balanced routing, and an expert that takes all while others get none; the same bits again."""
     x = torch.randn(tokens, 256, device="cuda", dtype=dtype)
     ids, weights = route(tokens, 8, 3, tokens)
-    y = decode.moe_ffn(x, block.gate_up, block.down, ids, weights, "silu", None, config)
-    check(y, block.expected(x, ids, weights))
+    for chosen in (ids, torch.where(ids < 4, 6, ids)):
+        y = decode.moe_ffn(x, block.gate_up, block.down, chosen, weights, "silu", None, config)
+        check(y, block.expected(x, chosen, weights))
+        for _ in range(3):
+            assert torch.equal(y, decode.moe_ffn(x, block.gate_up, block.down, chosen, weights, "silu", None, config))
+
+
+@pytest.mark.parametrize("config", cutting.CONFIGS)
+def test_linear_every_configuration(config: cutting.Config) -> None:
+    """Row tiles that warps share, a stretch of V in several groups, turns."""
+    shape, encoding = (1632, 2080), Encoding()
+    (matrix,), (weight,) = experts_of(shape, [1000], encoding, 5)
+    packed = ops.repack([[{n: t.cuda() for n, t in matrix.items()}]], encoding, shape)
+    for tokens in (5, 70):
+        x = torch.randn(tokens, shape[1], device="cuda", dtype=torch.float16)
+        check(decode.linear(x, packed, None, config), x.double().cpu() @ weight.T)
 
 
 @pytest.mark.parametrize("bits", [3, 4])
@@ -44,7 +59,7 @@ def test_moe_every_configuration(block: Block, dtype: torch.dtype, config: cutti
 @pytest.mark.parametrize("shape", [(96, 160), (352, 96), (160, 544)])
 def test_moe_encodings(bits: int, group_size: int, shape: tuple[int, int]) -> None:
     made = Block(*shape, [[0, 5], [16, 0], [40, 3]], Encoding(bits=bits, group_size=group_size))
-    for tokens in (1, 11, 20):
+    for tokens in (1, 11, 20, 60, 100):
         x = torch.randn(tokens, shape[0], device="cuda", dtype=torch.bfloat16)
         ids, weights = route(tokens, 2, 1)
         check(ops.moe_ffn(x, made.gate_up, made.down, ids, weights), made.expected(x, ids, weights))
@@ -96,7 +111,7 @@ def test_moe_weights_in_16_bits(block: Block) -> None:
 
 def test_moe_many_experts() -> None:
     made = Block(128, 64, [[3] * 100, [0] * 100, [16] * 100], Encoding())
-    for tokens in (1, 30, 64):
+    for tokens in (1, 30, 64, 150):
         x = torch.randn(tokens, 128, device="cuda", dtype=torch.float16)
         ids, weights = route(tokens, 100, 8)
         check(ops.moe_ffn(x, made.gate_up, made.down, ids, weights), made.expected(x, ids, weights))

@@ -44,7 +44,7 @@ def block() -> Block:
     ("tokens", "config", "dtype"),
     [
         (1, 0, torch.float16), (3, 0, torch.bfloat16), (8, 0, torch.float16), (20, 0, torch.float16),
-        (17, 1, torch.bfloat16), (30, 2, torch.float16), (40, 3, torch.float16),
+        (17, 1, torch.bfloat16), (70, 1, torch.float16), (33, 2, torch.float16), (70, 2, torch.bfloat16),
     ],
 )  # fmt: skip
 def test_moe(block: Block, tokens: int, config: int, dtype: torch.dtype) -> None:
@@ -73,22 +73,34 @@ def test_no_local_expert_gives_zeros(block: Block) -> None:
     assert not decode.moe_ffn(x, block.gate_up, block.down, ids, torch.rand(4, 2), "silu", None).any()
 
 
-@pytest.mark.parametrize("tokens", [7, 40])
-def test_one_expert_takes_all_and_twice(block: Block, tokens: int) -> None:
+@pytest.mark.parametrize(("tokens", "config"), [(7, None), (40, None), (11, 1), (35, 2)])
+def test_one_expert_takes_all_and_twice(block: Block, tokens: int, config: int | None) -> None:
     x, ids = torch.randn(tokens, 256, dtype=torch.float16), torch.full((tokens, 2), 3, dtype=torch.int32)
     weights = torch.rand(tokens, 2)
-    y = decode.moe_ffn(x, block.gate_up, block.down, ids, weights, "silu", None)
+    chosen = None if config is None else CONFIGS[config]
+    y = decode.moe_ffn(x, block.gate_up, block.down, ids, weights, "silu", None, chosen)
     check(y, block.expected(x, ids, weights))
 
 
 def test_more_parts_than_the_queue_holds() -> None:
-    """100 experts over five blocks: each has dozens of parts, some of V."""
-    made = Block(128, 64, [[3] * 100, [0] * 100, [16] * 100], Encoding(), device="cpu")
-    for tokens in (1, 30):
+    """Hundreds of experts over five blocks: each has dozens of parts, some of V."""
+    for experts, tokens, config in ((100, 1, 0), (100, 30, 0), (300, 60, 1)):
+        made = Block(128, 64, [[3] * experts, [0] * experts, [16] * experts], Encoding(), device="cpu")
         x = torch.randn(tokens, 128, dtype=torch.float16)
-        ids, weights = route(tokens, 100, 8, 0, "cpu")
-        y = decode.moe_ffn(x, made.gate_up, made.down, ids, weights, "silu", None)
+        ids, weights = route(tokens, experts, 8, 0, "cpu")
+        y = decode.moe_ffn(x, made.gate_up, made.down, ids, weights, "silu", None, CONFIGS[config])
         check(y, made.expected(x, ids, weights))
+
+
+@pytest.mark.parametrize("config", [1, 2])
+def test_row_tiles_that_warps_share(config: int) -> None:
+    """Two groups of row tiles of which the last is small, and V's row tiles in two groups."""
+    hidden, inner, ranks = 832, 352, [[300, 0], [16, 40], [8, 900]]
+    made = Block(hidden, inner, ranks, Encoding(), device="cpu")
+    x = torch.randn(20, hidden, dtype=torch.bfloat16)
+    ids, weights = route(20, 2, 1, 0, "cpu")
+    y = decode.moe_ffn(x, made.gate_up, made.down, ids, weights, "silu", None, CONFIGS[config])
+    check(y, made.expected(x, ids, weights))
 
 
 @pytest.mark.parametrize(
@@ -96,10 +108,11 @@ def test_more_parts_than_the_queue_holds() -> None:
 )
 def test_encodings(bits: int, group_size: int, shape: tuple[int, int]) -> None:
     made = Block(*shape, [[0, 5], [16, 0], [40, 3]], Encoding(bits=bits, group_size=group_size), device="cpu")
-    for tokens in (1, 11):
+    for tokens, config in ((1, 0), (11, 1), (25, 2)):
         x = torch.randn(tokens, shape[0], dtype=torch.bfloat16)
         ids, weights = route(tokens, 2, 1, 0, "cpu")
-        check(decode.moe_ffn(x, made.gate_up, made.down, ids, weights, "silu", None), made.expected(x, ids, weights))
+        y = decode.moe_ffn(x, made.gate_up, made.down, ids, weights, "silu", None, CONFIGS[config])
+        check(y, made.expected(x, ids, weights))
 
 
 @pytest.mark.parametrize("rank", [0, 17, 1024])

@@ -8,17 +8,39 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import ClassVar
+
+from milo.kernels.layout import TILE
 
 ADDED_TOKENS = 8  # up to so many (and so many choices) a block of `down` adds up a row tile's items by itself
 ADDED_PAIRS = 128
+MAX_EXPERTS = 1024  # local experts; the blocks' routing scratch is sized by these
 MAX_V_SPLITS = 4  # runs of K in which V x is computed
 _QUEUE = 128 * 32 + 96  # bytes of a block's queue of parts, and what goes with it
+_WIDE_QUEUE = 64 * 32 + 128
+_WIDE_V_TILES = 32  # tiles along K of a part of V, at least
+_WIDE_LEAST = 6  # ticks that are worth a block
 _RESERVED = 1024  # bytes of shared memory that a block takes beyond its own
 
 
 @dataclass(frozen=True)
+class Cut:
+    """How a product is spread over blocks.
+
+    Attributes:
+        blocks: of the launch.
+        quanta: runs of K that a unit, a work item's row tile, is cut into (`cuda/units.cuh`).
+        v_cost: what a part of V counts as when the work is dealt out: quanta, or ticks (`cuda/wide.cuh`).
+    """
+
+    blocks: int
+    quanta: int
+    v_cost: int
+
+
+@dataclass(frozen=True)
 class Config:
-    """How a launch is cut.
+    """How a launch is cut: up to 8 tokens a work item (`cuda/moe.cu`).
 
     Attributes:
         token_tiles: n8 tiles of tokens a work item.
@@ -34,6 +56,8 @@ class Config:
     blocks: int
     pairs: int = 1024
 
+    source: ClassVar[str] = "moe.cu"
+
     @property
     def tokens(self) -> int:
         """Of a work item."""
@@ -43,15 +67,88 @@ class Config:
     def threads(self) -> int:
         return 32 * self.warps
 
+    @property
+    def table_bytes(self) -> int:
+        """Of the routing table in shared memory."""
+        return 4 * self.pairs + 8 * (min(self.pairs, MAX_EXPERTS) + self.pairs // self.tokens)
+
     def shared_bytes(self, bits: int, halves: int) -> int:
         """Shared memory of a block: rings, reduction, routing table, queue of parts, a row tile's sums."""
         ring = self.warps * self.stages * (bits * 512 + halves * 256 + self.token_tiles * 1024)
-        table = 4 * self.pairs + 8 * (self.pairs + self.pairs // self.tokens)
-        buffers = 2 if self.token_tiles == 1 else 1
-        return ring + buffers * self.warps * self.tokens * 256 + table + 4 * ADDED_PAIRS + 256 * ADDED_TOKENS + _QUEUE
+        reduction = 2 * self.warps * self.tokens * 256
+        return ring + reduction + self.table_bytes + 4 * ADDED_PAIRS + 256 * ADDED_TOKENS + _QUEUE
+
+    @property
+    def sum_bytes(self) -> int:
+        """Of a sum that `down` leaves for `combine`."""
+        return 2 if self.token_tiles > 4 else 4
+
+    def carry_bytes(self, slots: int) -> int:
+        """Memory for sums that cross from block to block."""
+        return slots * self.tokens * TILE * 4
+
+    def v_splits(self, k_tiles: int) -> int:
+        """Runs of K that V x is cut into: few, since each is a sum to add, but short."""
+        return max(1, min(MAX_V_SPLITS, k_tiles // self.warps))
+
+    def cut(self, items: float, row_tiles: int, k_tiles: int, v_tiles: float, slots: int) -> Cut:
+        """Spread a product over blocks.
+
+        Args:
+            items: work items, expected.
+            row_tiles: of the matrix.
+            k_tiles: tiles along K.
+            v_tiles: row tiles of V an item, expected.
+            slots: blocks that run at a time.
+        """
+        units = items * row_tiles
+        finest = max(1, k_tiles // self.warps)  # so that a quantum has a tile for every warp
+        splits = self.v_splits(k_tiles)
+        parts = math.ceil(items * v_tiles) * splits
+        if units > slots:  # equal stretches, wherever they begin and end
+            return Cut(slots, finest, max(1, round(finest / splits)))
+        # Few units: whole ones, or equal pieces, so that few sums cross from block to block.
+        quanta = min(finest, slots // math.ceil(units))
+        blocks = math.ceil(units) * quanta
+        apart = blocks + parts <= slots and quanta == 1  # V has blocks of its own
+        return Cut(blocks + parts if apart else blocks, quanta, 1 if apart else 0)
 
 
-CONFIGS = (Config(1, 8, 3, 2, 512), Config(2, 8, 2, 2), Config(3, 12, 2, 1), Config(4, 8, 3, 1))
+@dataclass(frozen=True)
+class Wide(Config):
+    """9 to 64 tokens a work item, whose activations a block's warps share (`cuda/wide.cu`)."""
+
+    source: ClassVar[str] = "wide.cu"
+
+    def shared_bytes(self, bits: int, halves: int) -> int:
+        """Shared memory of a block: rings, four stages of activations and of their sums, routing table, parts."""
+        rings = self.warps * (self.stages * bits * 512 + 8 * halves * 256)
+        activations = 16 * (self.token_tiles * 1024 + halves * 32 * (self.token_tiles | 1))
+        return rings + activations + self.table_bytes + _WIDE_QUEUE
+
+    def carry_bytes(self, slots: int) -> int:
+        """As much again serves warps that share a row tile."""
+        return 2 * slots * self.warps * self.tokens * TILE * 4
+
+    def v_splits(self, k_tiles: int) -> int:
+        return max(1, min(MAX_V_SPLITS, k_tiles // _WIDE_V_TILES))
+
+    def _ticks(self, row_tiles: float, k_tiles: int) -> int:
+        """What a group of row tiles takes: warps share a row tile if there are fewer than half as many as them."""
+        ways = 4 if 4 * row_tiles <= self.warps else 2 if 2 * row_tiles <= self.warps else 1
+        return -(-k_tiles // ways)
+
+    def cut(self, items: float, row_tiles: int, k_tiles: int, v_tiles: float, slots: int) -> Cut:
+        groups, rest = divmod(row_tiles, self.warps)
+        ticks = items * (groups * k_tiles + (self._ticks(rest, k_tiles) if rest else 0))
+        splits = self.v_splits(k_tiles)
+        v_cost = self._ticks(min(v_tiles, self.warps), -(-k_tiles // splits))
+        ticks += items * math.ceil(v_tiles / self.warps) * splits * v_cost
+        return Cut(max(1, min(slots, math.ceil(ticks / _WIDE_LEAST))), 0, v_cost)
+
+
+# The fastest somewhere; 16, 48 and 64 tokens an item, and other warps, were not (docs/log.md).
+CONFIGS: tuple[Config, ...] = (Config(1, 8, 3, 2, 512), Wide(3, 12, 4, 1, 4096), Wide(4, 8, 4, 1, 4096))
 
 
 def fit(config: Config, bits: int, halves: int, shared: int) -> Config | None:
@@ -65,52 +162,10 @@ def fit(config: Config, bits: int, halves: int, shared: int) -> Config | None:
 
 
 def choose(tokens: int, pairs: int, experts: int, configs: Sequence[Config] = CONFIGS) -> Config:
-    """Tiles wide enough for most experts in one pass over their weights, and no wider."""
+    """Tiles wide enough for four experts of five in one pass over their weights, and no wider."""
     mean = pairs / experts
     for config in configs:
-        spread = 2 * mean**0.5  # two standard deviations of a balanced router's counts
+        spread = 0.8 * mean**0.5  # of a balanced router's counts; measured: a second pass costs less than empty columns
         if tokens <= config.tokens or mean + spread <= config.tokens:
             return config
     return configs[-1]
-
-
-@dataclass(frozen=True)
-class Cut:
-    """How a product is spread over blocks (`cuda/units.cuh`).
-
-    Attributes:
-        blocks: of the launch.
-        quanta: runs of K that a unit, a work item's row tile, is cut into.
-        v_cost: quanta that a part of V counts as when the work is dealt out.
-    """
-
-    blocks: int
-    quanta: int
-    v_cost: int
-
-
-def v_splits(k_tiles: int, warps: int) -> int:
-    """Runs of K that V x is cut into: few, since each is a sum to add, but short."""
-    return max(1, min(MAX_V_SPLITS, k_tiles // warps))
-
-
-def cut(units: float, k_tiles: int, v_tiles: float, warps: int, slots: int) -> Cut:
-    """Spread a product over blocks.
-
-    Args:
-        units: row tiles of all work items, expected.
-        k_tiles: tiles along K.
-        v_tiles: row tiles of V of all work items, expected.
-        warps: of a block, which share a unit's K.
-        slots: blocks that run at a time.
-    """
-    finest = max(1, k_tiles // warps)  # so that a quantum has a tile for every warp
-    splits = v_splits(k_tiles, warps)
-    parts = math.ceil(v_tiles) * splits
-    if units > slots:  # equal stretches, wherever they begin and end
-        return Cut(slots, finest, max(1, round(finest / splits)))
-    # Few units: whole ones, or equal pieces, so that few sums cross from block to block.
-    quanta = min(finest, slots // math.ceil(units))
-    blocks = math.ceil(units) * quanta
-    apart = blocks + parts <= slots and quanta == 1  # V has blocks of its own
-    return Cut(blocks + parts if apart else blocks, quanta, 1 if apart else 0)

@@ -1,4 +1,4 @@
-"""Launching `cuda/moe.cu`: an MoE FFN or a linear for few tokens an expert, correct for any number of them."""
+"""Launching `cuda/moe.cu` and `cuda/wide.cu`: an MoE FFN or a linear for few tokens an expert, correct for any."""
 
 from __future__ import annotations
 
@@ -9,13 +9,12 @@ from itertools import accumulate
 import torch
 
 from milo.kernels import nvrtc
-from milo.kernels.cutting import ADDED_PAIRS, ADDED_TOKENS, CONFIGS, Config, choose, cut, fit, v_splits
+from milo.kernels.cutting import ADDED_PAIRS, ADDED_TOKENS, CONFIGS, MAX_EXPERTS, Config, choose, fit
 from milo.kernels.launching import CHOICE_DTYPES, Workspace, address, matrices, routing
 from milo.kernels.layout import TILE, PackedMatrix
 from milo.kernels.packed_reference import ACTIVATIONS
 from milo.kernels.parameters import Compensator, Params
 
-MAX_EXPERTS = 1024  # local experts; the blocks' routing scratch is sized by these
 MAX_CHOICES = min(config.pairs for config in CONFIGS)
 _SHARED = 228 << 10  # bytes of shared memory an SM of sm_90 has
 _COUNTER_BYTES = 3 << 12  # of a launch's counters
@@ -25,7 +24,7 @@ _TURN = 16  # tokens a block of `combine`
 
 class _Kernels:
     def __init__(self, config: Config, bits: int, halves: int, b16: bool, device: int) -> None:
-        module = nvrtc.Module("moe.cu", macros(config, bits, halves, b16), device)
+        module = nvrtc.Module(config.source, macros(config, bits, halves, b16), device)
         shared = config.shared_bytes(bits, halves)
         self.gate_up, self.down = module.kernel("gate_up", shared), module.kernel("down", shared)
         self.combine = module.kernel("combine", 4 * config.pairs)
@@ -33,7 +32,7 @@ class _Kernels:
 
 
 def macros(config: Config, bits: int, halves: int, b16: bool) -> dict[str, int]:
-    """What `moe.cu` is compiled with."""
+    """What the configuration's source is compiled with."""
     return {
         "MILO_BF16": int(b16), "MILO_BITS": bits, "MILO_HALVES": halves, "MILO_NT": config.token_tiles,
         "MILO_WARPS": config.warps, "MILO_STAGES": config.stages, "MILO_BLOCKS": config.blocks,
@@ -196,7 +195,7 @@ class _Call:
             t_up=self._t_bytes(gate_up),
             t_down=self._t_bytes(down),
             partial=self._partial_bytes(down),
-            carry=max(kernels.slots, last_kernels.slots) * self.config.tokens * TILE * 4,
+            carry=self.config.carry_bytes(max(kernels.slots, last_kernels.slots)),
         )
         counters, next_counters, _ = _counters(self.x.device.index).of(self.stream)
         first, blocks = self._params(gate_up, kernels.slots, self.x.data_ptr(), workspace, "t_up")
@@ -217,17 +216,17 @@ class _Call:
             self.x.device,
             t=self._t_bytes(weight),
             partial=self._partial_bytes(weight),
-            carry=kernels.slots * self.config.tokens * TILE * 4,
+            carry=self.config.carry_bytes(kernels.slots),
         )
         params, blocks = self._params(weight, kernels.slots, self.x.data_ptr(), workspace, "t")
         params.counters, params.bias = _counters(self.x.device.index).of(self.stream)[2], address(bias)
         self._down(kernels, blocks, params, early=False)
 
     def _t_bytes(self, weight: PackedMatrix) -> int:
-        return v_splits(weight.codes.shape[2], self.config.warps) * self.pairs * TILE * weight.v_row_tiles * 4
+        return self.config.v_splits(weight.codes.shape[2]) * self.pairs * TILE * weight.v_row_tiles * 4
 
     def _partial_bytes(self, weight: PackedMatrix) -> int:
-        return 0 if self.add_items else self.pairs * weight.codes.shape[1] * TILE * 4
+        return 0 if self.add_items else self.pairs * weight.codes.shape[1] * TILE * self.config.sum_bytes
 
     def _down(self, kernels: _Kernels, blocks: int, params: Params, early: bool) -> None:
         params.out, params.row_divisor, params.add_items = self.out.data_ptr(), 1, int(self.add_items)
@@ -243,14 +242,13 @@ class _Call:
         """What both kernels are told, and how many blocks there are."""
         row_tiles, k_tiles = weight.codes.shape[1:3]
         experts = weight.codes.shape[0]
-        v_tiles = self.items * weight.v_codes.shape[0] / experts
-        spread = cut(self.items * row_tiles, k_tiles, v_tiles, self.config.warps, slots)
+        spread = self.config.cut(self.items, row_tiles, k_tiles, weight.v_codes.shape[0] / experts, slots)
         params = Params(
             self.routing,
             *matrices(weight),
             Compensator(
                 weight.u_codes.data_ptr(), weight.u_scales.data_ptr(), weight.table.data_ptr(), workspace[t],
-                TILE * weight.v_row_tiles, v_splits(k_tiles, self.config.warps), len(weight.stack),
+                TILE * weight.v_row_tiles, self.config.v_splits(k_tiles), len(weight.stack),
             ),
         )  # fmt: skip
         for number, rows in enumerate(accumulate(out_features for out_features, _ in weight.stack)):

@@ -14,7 +14,8 @@ from milo.kernels.packed_reference import ACTIVATIONS
 from milo.kernels.parameters import Matrix, Routing
 from milo.kernels.prefill_config import MAX_V_SPLITS, ROW_TILES, SLACK, THREADS, Config, Load, choose
 
-MIN_MEAN_TOKENS = 24  # an expert, from which on these kernels are faster than decode's
+MIN_MEAN_TOKENS = 28  # an expert, from which on these kernels are faster than decode's (docs/log.md)
+_MIN_TOKENS = 65  # a linear's, likewise
 _MAX_TOKENS = 4096  # of one set of launches; more are done in turns, which bounds the workspace
 _MAX_PAIRS = 32768
 _SORT_THREADS, _COMBINE_THREADS = 1024, 256
@@ -33,7 +34,7 @@ def supports(device: torch.device, dtype: torch.dtype, experts: int = 1, topk: i
 
 def prefers(tokens: int, topk: int, experts: int) -> bool:
     """Whether so many tokens are worth these kernels; `experts`: all that the router chooses from, 1 for a linear."""
-    return tokens * topk >= MIN_MEAN_TOKENS * experts and tokens >= 2 * MIN_MEAN_TOKENS
+    return tokens * topk >= MIN_MEAN_TOKENS * experts and tokens >= _MIN_TOKENS
 
 
 class Preparation(ctypes.Structure):

@@ -49,6 +49,10 @@ __device__ __forceinline__ u32 extract(u32 word) {
   return and_or(shift_left<to - FROM>(word), twice(((1u << BITS) - 1) << to), ONE_BASE<B16>);
 }
 
+__device__ __forceinline__ u32 component(const uint4& v, int i) {
+  return i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w;
+}
+
 // `words[0..BITS)` to the 16 pairs.
 template <bool B16, int BITS>
 __device__ __forceinline__ void decode(const u32* words, u32 (&pairs)[16]) {

@@ -16,14 +16,10 @@
 // float32 is lost. Rows of gate and up alternate in runs of 32, so one block holds both halves of an output.
 //
 // Bytes: every touched expert's codes and metadata once; activations and partial sums stay in L2.
+#include "units.cuh"
+
 #include "combine.cuh"
 #include "lowrank.cuh"
-
-__device__ __forceinline__ float activate(int kind, float g) {
-  if (kind == 0) return g / (1 + __expf(-g));
-  if (kind == 1) return 0.5f * g * (1 + tanhf(0.7978845608028654f * (g + 0.044715f * g * g * g)));
-  return 0.5f * g * (1 + erff(0.7071067811865476f * g));
-}
 
 // The team. Calls `f(token of the item, row)` for rows 0 .. 32 * RUNS - 1, 32 of them a warp at a time.
 template <int RUNS, typename F>
@@ -40,7 +36,7 @@ struct Carriers {
   Cut cut;
   int end;
 
-  __device__ __forceinline__ Carriers(const Params& p, int sum_end) : cut(p), end(blockIdx.x + 1) {
+  __device__ __forceinline__ Carriers(const Params& p, int sum_end) : cut(cut_of(p)), end(blockIdx.x + 1) {
 #pragma unroll 1
     while (end < static_cast<int>(gridDim.x) && cut(end) < sum_end) ++end;
 #pragma unroll 1
@@ -106,7 +102,7 @@ __device__ __forceinline__ void write_unit(const Params& p, const Part& part, co
       const int column = part.group * RUN + row;
       static_cast<u16*>(p.out)[pair * p.rows + column] = round_to_16<B16>(activate(p.activation, one) * up);
     } else {
-      __stcg(p.partial + pair * (p.row_tiles * 64) + part.group * 64 + row, one);
+      leave_sum(p, pair * (p.row_tiles * 64) + part.group * 64 + row, static_cast<int>(pair), one);
     }
   });
 }
@@ -180,8 +176,8 @@ __device__ __forceinline__ void add(const Params& p, const Part& part, const flo
 template <bool ITEM_FIRST>
 __device__ __forceinline__ void prepare(const Params& p) {
   const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
-  int* counts = reinterpret_cast<int*>(reduction());
-  u32* sizes = reinterpret_cast<u32*>(counts + MILO_EXPERTS);
+  auto& memory = *reinterpret_cast<Items::Sorting*>(reduction());
+  u32* sizes = memory.spare;
   const bool compensated = p.compensator.t_stride > 0;
   auto gather_tables = [&](int thread, int threads) {
     if (compensated) {
@@ -200,7 +196,7 @@ __device__ __forceinline__ void prepare(const Params& p) {
     items().build_plain(p.routing);
     gather_tables(threadIdx.x, THREADS);
   } else if (p.routing.pairs > WARP) {
-    items().build(p.routing, p.row_divisor, counts, gather_tables);
+    items().build(p.routing, p.row_divisor, &memory, gather_tables);
   } else if (warp == 0) {
     items().build_small(lane < p.routing.pairs ? local_expert(p.routing, lane) : -1, p.row_divisor);
   } else {
@@ -259,7 +255,7 @@ __device__ __forceinline__ void work(const Params& p) {
     }
     if (part.u_steps > ALONE || (part.u_steps && place == WARPS - 1)) {
       const bool alone = part.u_steps <= ALONE;
-      add_factors<PARTS>(p, part, alone ? 0 : place, alone ? 1 : WARPS, total);
+      add_factors<PARTS>(p, part, factors(p.compensator, part), alone ? 0 : place, alone ? 1 : WARPS, total);
     }
     const int buffer = number % BUFFERS, phase = number / BUFFERS;
     float* slices = reduction() + buffer * WARPS * SLICE;
@@ -312,20 +308,4 @@ extern "C" __global__ void __launch_bounds__(THREADS, MILO_BLOCKS) down(const __
       for (int i = threadIdx.x; i < static_cast<int>(sizeof(Counters) / 4); i += THREADS) p.counters[i] = 0;
     }
   }
-}
-
-// A block takes a row tile and TURN tokens, and MILO_PAIRS floats of shared memory.
-constexpr int TURN = 256 / 16;
-
-extern "C" __global__ void __launch_bounds__(256) combine(const __grid_constant__ Params p) {
-  float* weights = reinterpret_cast<float*>(shared);
-  const int tile = blockIdx.x % p.row_tiles, first = blockIdx.x / p.row_tiles * TURN;
-  const int last = min(p.tokens, first + TURN);
-  for (int i = first * p.topk + threadIdx.x; i < last * p.topk; i += blockDim.x) {
-    const bool ours = !p.routing.ids || local_expert(p.routing, i) >= 0;
-    weights[i - first * p.topk] = ours ? choice_weight(p, i) : __int_as_float(0x7fffffff);
-  }
-  __syncthreads();
-  wait_for_primary();
-  combine_rows(p, tile, first, last, weights);
 }

@@ -22,9 +22,13 @@ __device__ __forceinline__ int lane_id() {
 // 16-byte asynchronous copies to shared memory. Weights are read once: they bypass L1 and are the first to leave L2.
 // Activations are shared by the blocks of an SM and go through L1. `bytes` is 16, or 0 to fill with zeros.
 __device__ __forceinline__ u64 evict_first() {
+#if __CUDA_ARCH__ >= 900
+  return 0x12f0000000000000;  // what the instruction below gives there; a constant needs no registers
+#else
   u64 policy;
   asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
   return policy;
+#endif
 }
 __device__ __forceinline__ void copy_weights(u32 to, const void* from, u64 policy) {
   asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "l"(policy)
@@ -44,6 +48,15 @@ __device__ __forceinline__ uint4 load_shared(u32 from) {
   asm volatile("ld.shared.v4.u32 {%0,%1,%2,%3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(from));
   return v;
 }
+
+// The same where it must be read anew, not kept in registers.
+__device__ __forceinline__ uint4 load_shared_again(u32 from) {
+  uint4 v;
+  asm volatile("ld.volatile.shared.v4.u32 {%0,%1,%2,%3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(from));
+  return v;
+}
+
+__device__ __forceinline__ void prefetch_l2(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
 
 // Programmatic dependent launch; both are no-ops where the launch does not use it (and below sm_90).
 __device__ __forceinline__ void launch_dependents() {

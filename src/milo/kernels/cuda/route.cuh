@@ -23,9 +23,9 @@ __device__ __forceinline__ int local_expert(const Routing& r, int pair) {
   return (id >= 0 && id < r.experts) ? static_cast<int>(id) : -1;
 }
 
-template <int TOKENS, int MAX_PAIRS>
+template <int TOKENS, int MAX_PAIRS, int MAX_EXPERTS>
 struct Table {
-  static constexpr int MAX_ITEMS = MAX_PAIRS + MAX_PAIRS / TOKENS;
+  static constexpr int MAX_ITEMS = (MAX_PAIRS < MAX_EXPERTS ? MAX_PAIRS : MAX_EXPERTS) + MAX_PAIRS / TOKENS;
   short pairs[MAX_PAIRS];  // sorted by expert
   short rows[MAX_PAIRS];   // of the activations, likewise
   short expert[MAX_ITEMS], begin[MAX_ITEMS];
@@ -80,62 +80,98 @@ struct Table {
     __syncthreads();
   }
 
-  // `counts` is scratch, an int an expert. All threads of the block call this; the upper half of them does what
-  // `meanwhile(thread, threads)` says while the lower half waits for ids.
-  template <typename Meanwhile>
-  __device__ __forceinline__ void build(const Routing& r, int row_divisor, int* counts, Meanwhile meanwhile) {
-    const int half = blockDim.x / 2, upper = static_cast<int>(threadIdx.x) - half;
-    const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
+  // Scratch memory of `build`.
+  struct Sorting {
+    int counts[MAX_EXPERTS];    // pairs an expert, then where they begin
+    u32 spare[MAX_EXPERTS];     // for `meanwhile`
+    short experts[MAX_PAIRS];   // of the pairs
+    // Behind this: pairs an expert in a warp's run of the pairs, then in the runs before.
+    __device__ __forceinline__ short* ahead(int warp) { return reinterpret_cast<short*>(this + 1) + warp * MAX_EXPERTS; }
+  };
+  static __device__ constexpr int sorting_bytes(int warps) { return sizeof(Sorting) + warps * MAX_EXPERTS * 2; }
+
+  // Calls `f(pair, its expert, lanes with the same expert)` for a warp's run of the pairs.
+  template <typename F>
+  static __device__ __forceinline__ void for_run(const short* experts, int first, int last, F f) {
+    const int lane = threadIdx.x % WARP;
 #pragma unroll 1
-    for (int i = threadIdx.x; i < r.experts; i += blockDim.x) counts[i] = 0;
-    __syncthreads();
+    for (int i = first; i < last; i += WARP) {
+      const int e = i + lane < last ? experts[i + lane] : -1;
+      f(i + lane, e, __match_any_sync(~0u, e));
+      __syncwarp();
+    }
+  }
+
+  // Sorts by counting: each warp has a run of the pairs. All threads of the block call this; at first the upper half of
+  // them does what `meanwhile(thread, threads)` says while the lower half waits for ids.
+  template <typename Meanwhile>
+  __device__ __forceinline__ void build(const Routing& r, int row_divisor, void* memory, Meanwhile meanwhile) {
+    Sorting& s = *static_cast<Sorting*>(memory);
+    const int half = blockDim.x / 2, upper = static_cast<int>(threadIdx.x) - half;
+    const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, warps = blockDim.x / WARP;
+    short* ahead = s.ahead(warp);
     if (upper >= 0) {
       meanwhile(upper, half);
     } else {
-#pragma unroll 2
-      for (int i = threadIdx.x; i < r.pairs; i += half) {
-        const int e = local_expert(r, i);
-        if (e >= 0) atomicAdd(&counts[e], 1);
+#pragma unroll 4
+      for (int i = threadIdx.x; i < r.pairs; i += half) s.experts[i] = static_cast<short>(local_expert(r, i));
+    }
+#pragma unroll 1
+    for (int i = lane; i < r.experts; i += WARP) ahead[i] = 0;
+    __syncthreads();
+    const int run = ((r.pairs + WARP - 1) / WARP + warps - 1) / warps * WARP;
+    const int first = warp * run, last = min(first + run, r.pairs);
+    for_run(s.experts, first, last, [&](int, int e, u32 same) {
+      if (e >= 0 && __ffs(same) - 1 == lane) ahead[e] += static_cast<short>(__popc(same));
+    });
+    __syncthreads();
+#pragma unroll 1
+    for (int e = threadIdx.x; e < r.experts; e += blockDim.x) {
+      int sum = 0;
+#pragma unroll 1
+      for (int w = 0; w < warps; ++w) {
+        const int n = s.ahead(w)[e];
+        s.ahead(w)[e] = static_cast<short>(sum);
+        sum += n;
       }
+      s.counts[e] = sum;
     }
     __syncthreads();
-    if (warp == 0) {  // a lane takes a run of experts: counts become places, and the items are listed
-      const int run = (r.experts + WARP - 1) / WARP;
-      const int first = min(lane * run, r.experts), last = min(first + run, r.experts);
-      int total = 0, tiles = 0;
-#pragma unroll 1
-      for (int e = first; e < last; ++e) total += counts[e], tiles += (counts[e] + TOKENS - 1) / TOKENS;
-      int place = total, item = tiles;
-#pragma unroll
-      for (int d = 1; d < WARP; d *= 2) {
-        const int p = __shfl_up_sync(~0u, place, d), i = __shfl_up_sync(~0u, item, d);
-        if (lane >= d) place += p, item += i;
-      }
-      if (lane == WARP - 1) items = item, routed = place;
-      place -= total, item -= tiles;
-#pragma unroll 1
-      for (int e = first; e < last; ++e) {
-        const int n = counts[e];
-        counts[e] = place;
-#pragma unroll 1
-        for (int b = 0; b < n; b += TOKENS, ++item) {
-          expert[item] = static_cast<short>(e), begin[item] = static_cast<short>(place + b);
-        }
-        place += n;
-      }
+    if (warp == 0) list(r.experts, s.counts);
+    __syncthreads();
+    for_run(s.experts, first, last, [&](int pair, int e, u32 same) {
+      const int at = e >= 0 ? s.counts[e] + ahead[e] : 0;
       __syncwarp();
+      if (e < 0) return;
+      put(at + __popc(same & ((1u << lane) - 1)), pair, row_divisor);
+      if (__ffs(same) - 1 == lane) ahead[e] += static_cast<short>(__popc(same));
+    });
+  }
+
+  // One warp, a lane a run of experts: counts become places, and the items are listed.
+  __device__ __forceinline__ void list(int experts, int* counts) {
+    const int lane = threadIdx.x % WARP, run = (experts + WARP - 1) / WARP;
+    const int first = min(lane * run, experts), last = min(first + run, experts);
+    int total = 0, tiles = 0;
 #pragma unroll 1
-      for (int i = 0; i < r.pairs; i += WARP) {
-        const int e = i + lane < r.pairs ? local_expert(r, i + lane) : -1;
-        const u32 same = __match_any_sync(~0u, e);
-        int at = e >= 0 ? counts[e] : 0;
-        __syncwarp();
-        if (e >= 0) {
-          put(at + __popc(same & ((1u << lane) - 1)), i + lane, row_divisor);
-          if (__ffs(same) - 1 == lane) counts[e] = at + __popc(same);
-        }
-        __syncwarp();
+    for (int e = first; e < last; ++e) total += counts[e], tiles += (counts[e] + TOKENS - 1) / TOKENS;
+    int place = total, item = tiles;
+#pragma unroll
+    for (int d = 1; d < WARP; d *= 2) {
+      const int p = __shfl_up_sync(~0u, place, d), i = __shfl_up_sync(~0u, item, d);
+      if (lane >= d) place += p, item += i;
+    }
+    if (lane == WARP - 1) items = item, routed = place;
+    place -= total, item -= tiles;
+#pragma unroll 1
+    for (int e = first; e < last; ++e) {
+      const int n = counts[e];
+      counts[e] = place;
+#pragma unroll 1
+      for (int b = 0; b < n; b += TOKENS, ++item) {
+        expert[item] = static_cast<short>(e), begin[item] = static_cast<short>(place + b);
       }
+      place += n;
     }
   }
 

@@ -18,28 +18,10 @@
 // Roofline: (BITS + 32 / group) / 8 bytes a weight. At 3.5 bits and 3.1 TB/s an SM of an H100 takes one 64x64 tile in
 // about 130 clocks, in which its four schedulers can issue 520 instructions; a tile takes about 285 for 8 tokens.
 #pragma once
-#include "codes.cuh"
-#include "route.cuh"
+#include "launch.cuh"
 
-constexpr bool B16 = MILO_BF16;         // activations are bf16, not fp16
-constexpr int BITS = MILO_BITS;         // of a code: 3 or 4
-constexpr int HALVES = MILO_HALVES;     // groups within a tile's 64 in-features: 2 for groups of 32, else 1
-constexpr int NT = MILO_NT;             // n8 tiles of tokens
-constexpr int WARPS = MILO_WARPS;
-constexpr int STAGES = MILO_STAGES;
-
-constexpr int TOKENS = 8 * NT;
-constexpr int THREADS = WARPS * WARP;
-constexpr int CODE_BYTES = BITS * 512, META_BYTES = 256 * HALVES, X_BYTES = 1024 * NT;
+constexpr int X_BYTES = 1024 * NT;
 constexpr int STAGE_BYTES = CODE_BYTES + META_BYTES + X_BYTES;
-
-struct Matrix {
-  const char* codes;
-  const char* meta;
-  int ktiles, groups, meta_shift;  // tiles along K; meta records a row tile; log2 of the tiles a record covers
-};
-
-using Accumulators = float[4][NT][4];
 
 // Copies tile after tile of one row tile into the ring.
 struct Loader {
@@ -68,10 +50,6 @@ struct Loader {
   }
   __device__ __forceinline__ bool whole(int kt) const { return kt * 64 + 32 < in_features; }
 };
-
-__device__ __forceinline__ u32 component(const uint4& v, int i) {
-  return i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w;
-}
 
 // What a tile is multiplied by the first N n8 tiles of tokens with. `at`: its place in the ring, at this lane's 16 bytes;
 // `meta_at`: at the metadata of this lane's rows.
@@ -185,8 +163,6 @@ __device__ __forceinline__ void multiply_many(u32 at, u32 meta_at, Accumulators&
     }
   }
 }
-
-constexpr float UNIT = NT == 1 ? 1.0f / (1 << P<B16, BITS>) : 1;  // of the accumulators
 
 // By as many n8 tiles of tokens as there are: a branch here, none inside.
 template <int N = NT>

@@ -10,52 +10,6 @@
 #pragma once
 #include "tile.cuh"
 
-struct Compensator {
-  const u32* u_codes;   // steps of 16 ranks, 96 words each
-  const u16* u_scales;  // [steps][parts][16] fp16
-  const int4* table;    // an expert: {first V row tile, V row tiles, first U step, U steps a row tile}
-  float* t;             // [splits][pairs][t_stride]
-  int t_stride, t_splits;
-  int stacked, ends[4]; // matrices stacked over out-features, each with an entry of the table; their ends in row tiles
-
-  // Which entry of the table row tile `group` of an expert goes by.
-  __device__ __forceinline__ int entry(int expert, int group) const {
-    if (!stacked) return expert;
-    int number = 0;
-    for (int i = 0; i < 3; ++i) number += i < stacked - 1 && group >= ends[i];
-    return number;
-  }
-};
-
-struct Params {
-  Routing routing;
-  Matrix weights, v;
-  Compensator compensator;
-  const u16* x;
-  void* out;             // gate_up: h [pairs, I]; down: y [tokens, N]; 16-bit
-  float* partial;        // down, where combine follows: [pairs][64 * row_tiles]
-  float* carry;          // [blocks][SLICE or 64 * tokens]
-  const void* choice_weights;  // [pairs]; null: ones
-  const u16* bias;       // down: [N] or null
-  int* counters;         // of this launch, zero at its start: see Counters
-  int* others;           // of the launch that runs before or after, to be zeroed; null: this one zeroes its own
-  int tokens, topk, in_features, row_tiles, rows, row_divisor;
-  int quanta, v_cost;    // runs of K a unit; quanta that a part of V counts as
-  int activation, choice_weight_type;
-  int add_items;         // down: a block adds up the items of a row tile
-};
-
-using Items = Table<TOKENS, MILO_PAIRS>;
-
-// Counters of a launch. Kernels zero each other's, so that no launch is spent on it.
-constexpr int MAX_BLOCKS = 1024;
-struct Counters {
-  int carried[MAX_BLOCKS];         // 1: the block's `carry` is written
-  int v_done[Items::MAX_ITEMS];    // parts of V that are finished
-  int exits;                       // blocks that have ended, where a launch zeroes its own
-};
-static_assert(sizeof(Counters) <= MILO_COUNTER_BYTES, "the host allocates less");
-
 constexpr int ALONE = 4;  // steps of U that the last warp does by itself; of more, every warp takes its share
 
 // One part of a block's work.
@@ -84,7 +38,7 @@ __device__ __forceinline__ int place_in(int number) {
 constexpr int ADDED_TOKENS = 8, ADDED_PAIRS = 128;  // at most, where a block adds items up
 constexpr int RING_BYTES = WARPS * STAGES * STAGE_BYTES;
 constexpr int REDUCE_BYTES = BUFFERS * WARPS * SLICE * 4;
-static_assert(REDUCE_BYTES >= MILO_EXPERTS * 8, "routing borrows the reduction's memory for two words an expert");
+static_assert(REDUCE_BYTES >= Items::sorting_bytes(WARPS), "routing borrows the reduction's memory");
 
 // What a block does: the first `v_parts` of its `parts` are V's.
 struct Stretch {
@@ -112,34 +66,18 @@ __device__ __forceinline__ Scratch& scratch() {
   return *reinterpret_cast<Scratch*>(shared + RING_BYTES + REDUCE_BYTES);
 }
 __device__ __forceinline__ Items& items() { return scratch().items; }
-__device__ __forceinline__ Counters& counters(const Params& p) { return *reinterpret_cast<Counters*>(p.counters); }
 
-// Where every block's stretch of the line begins, in quanta.
-struct Cut {
-  int base, extra, v_base, v_extra, v_cost;
-
-  __device__ __forceinline__ explicit Cut(const Params& p) {
-    const int blocks = gridDim.x, v_parts = items().v_tiles() * p.compensator.t_splits;
-    const int total = items().items * p.row_tiles * p.quanta;
-    const Quotient v = divide(v_parts, blocks), all = divide(total + v_parts * p.v_cost, blocks);
-    v_base = v.q, v_extra = v.r, v_cost = p.v_cost, base = all.q, extra = all.r;
-    if (base < v_cost * (v_base + 1)) {  // some block would have V alone and more than its share of it
-      const Quotient plain = divide(total, blocks);
-      v_cost = 0, base = plain.q, extra = plain.r;
-    }
-  }
-  __device__ __forceinline__ int operator()(int block) const {
-    return block * base + min(block, extra) - v_cost * (block * v_base + min(block, v_extra));
-  }
-};
+__device__ __forceinline__ Cut cut_of(const Params& p) {
+  return Cut(items().items * p.row_tiles * p.quanta, items().v_tiles() * p.compensator.t_splits, p.v_cost);
+}
 
 // One warp: what this block does. All items are known.
 __device__ __forceinline__ void plan_stretch(const Params& p) {
-  const Cut cut(p);
+  const Cut cut = cut_of(p);
   Stretch s;
   s.start = cut(blockIdx.x), s.end = cut(blockIdx.x + 1);
   s.first_unit = divide(s.start, p.quanta).q;
-  s.v_parts = cut.v_base + (static_cast<int>(blockIdx.x) < cut.v_extra);
+  s.v_parts = cut.v_parts();
   s.parts = s.v_parts + (s.end > s.start ? divide(s.end - 1, p.quanta).q - s.first_unit + 1 : 0);
   scratch().stretch = s;  // every lane the same
   __syncwarp();
