@@ -10,6 +10,7 @@ from milo.format.matrix import Encoding
 from milo.kernels import cutting, decode, nvrtc
 from operators import COMPACT, DTYPES, RANKS, Block, check, experts_of, route, stacked
 
+ALL = list(dict.fromkeys(cutting.CONFIGS + cutting.SPLIT))
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
@@ -30,7 +31,7 @@ def test_moe_tokens(block: Block, dtype: torch.dtype, tokens: int) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("config", cutting.CONFIGS)
+@pytest.mark.parametrize("config", ALL)
 @pytest.mark.parametrize("tokens", [1, 5, 40, 150])
 def test_moe_every_configuration(block: Block, dtype: torch.dtype, config: cutting.Config, tokens: int) -> None:
     """Balanced routing, and an expert that takes all while others get none; the same bits again."""
@@ -43,7 +44,7 @@ def test_moe_every_configuration(block: Block, dtype: torch.dtype, config: cutti
             assert torch.equal(y, decode.moe_ffn(x, block.gate_up, block.down, chosen, weights, "silu", None, config))
 
 
-@pytest.mark.parametrize("config", cutting.CONFIGS)
+@pytest.mark.parametrize("config", ALL)
 def test_linear_every_configuration(config: cutting.Config) -> None:
     """Row tiles that warps share, a stretch of V in several groups, turns."""
     shape, encoding = (1632, 2080), Encoding()

@@ -16,7 +16,7 @@ import emulator
 from milo import ops
 from milo.format.matrix import Encoding
 from milo.kernels import decode
-from milo.kernels.cutting import CONFIGS
+from milo.kernels.cutting import CONFIGS, SPLIT, Config
 from operators import RANKS, Block, check, experts_of, route, stacked
 
 
@@ -43,16 +43,18 @@ def block() -> Block:
 @pytest.mark.parametrize(
     ("tokens", "config", "dtype"),
     [
-        (1, 0, torch.float16), (3, 0, torch.bfloat16), (8, 0, torch.float16), (20, 0, torch.float16),
-        (17, 1, torch.bfloat16), (70, 1, torch.float16), (33, 2, torch.float16), (70, 2, torch.bfloat16),
+        (1, CONFIGS[0], torch.float16), (3, CONFIGS[0], torch.bfloat16), (8, CONFIGS[0], torch.float16),
+        (20, CONFIGS[0], torch.float16), (17, CONFIGS[1], torch.bfloat16), (70, CONFIGS[1], torch.float16),
+        (33, CONFIGS[2], torch.float16), (70, CONFIGS[2], torch.bfloat16), (17, SPLIT[1], torch.bfloat16),
+        (30, SPLIT[2], torch.float16), (40, SPLIT[3], torch.float16),
     ],
 )  # fmt: skip
-def test_moe(block: Block, tokens: int, config: int, dtype: torch.dtype) -> None:
+def test_moe(block: Block, tokens: int, config: Config, dtype: torch.dtype) -> None:
     x = torch.randn(tokens, 256, dtype=dtype)
     ids, weights = route(tokens, 8, 2, tokens, "cpu")
-    y = decode.moe_ffn(x, block.gate_up, block.down, ids, weights, "silu", None, CONFIGS[config])
+    y = decode.moe_ffn(x, block.gate_up, block.down, ids, weights, "silu", None, config)
     check(y, block.expected(x, ids, weights))
-    again = decode.moe_ffn(x, block.gate_up, block.down, ids, weights, "silu", None, CONFIGS[config])
+    again = decode.moe_ffn(x, block.gate_up, block.down, ids, weights, "silu", None, config)
     assert torch.equal(y, again)
 
 

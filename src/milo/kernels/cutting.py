@@ -40,7 +40,7 @@ class Cut:
 
 @dataclass(frozen=True)
 class Config:
-    """How a launch is cut: up to 8 tokens a work item (`cuda/moe.cu`).
+    """How a launch is cut whose warps split the in-features of a row tile (`cuda/moe.cu`).
 
     Attributes:
         token_tiles: n8 tiles of tokens a work item.
@@ -75,7 +75,7 @@ class Config:
     def shared_bytes(self, bits: int, halves: int) -> int:
         """Shared memory of a block: rings, reduction, routing table, queue of parts, a row tile's sums."""
         ring = self.warps * self.stages * (bits * 512 + halves * 256 + self.token_tiles * 1024)
-        reduction = 2 * self.warps * self.tokens * 256
+        reduction = (2 if self.token_tiles == 1 else 1) * self.warps * self.tokens * 256
         return ring + reduction + self.table_bytes + 4 * ADDED_PAIRS + 256 * ADDED_TOKENS + _QUEUE
 
     @property
@@ -149,6 +149,10 @@ class Wide(Config):
 
 # The fastest somewhere; 16, 48 and 64 tokens an item, and other warps, were not (docs/log.md).
 CONFIGS: tuple[Config, ...] = (Config(1, 8, 3, 2, 512), Wide(3, 12, 4, 1, 4096), Wide(4, 8, 4, 1, 4096))
+# For a single matrix and for compensators of high rank. A wide warp adds all of `U t` for its row tile by itself, at
+# rank 1,024 in 64 steps one after the other; here the warps of a block share them.
+SPLIT: tuple[Config, ...] = (CONFIGS[0], Config(2, 8, 2, 2), Config(3, 12, 2, 1), Config(4, 8, 3, 1))
+HIGH_RANK = 4  # more row tiles of V than these
 
 
 def fit(config: Config, bits: int, halves: int, shared: int) -> Config | None:

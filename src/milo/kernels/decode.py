@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from itertools import accumulate
@@ -9,7 +10,7 @@ from itertools import accumulate
 import torch
 
 from milo.kernels import nvrtc
-from milo.kernels.cutting import ADDED_PAIRS, ADDED_TOKENS, CONFIGS, MAX_EXPERTS, Config, choose, fit
+from milo.kernels.cutting import ADDED_PAIRS, ADDED_TOKENS, CONFIGS, HIGH_RANK, MAX_EXPERTS, SPLIT, Config, choose, fit
 from milo.kernels.launching import CHOICE_DTYPES, Workspace, address, matrices, routing
 from milo.kernels.layout import TILE, PackedMatrix
 from milo.kernels.packed_reference import ACTIVATIONS
@@ -103,18 +104,19 @@ def prepare(weight: PackedMatrix, dtype: torch.dtype) -> None:
     Raises:
         KernelError: a kernel does not compile or load.
     """
-    _prepared(weight.bits, weight.halves, dtype == torch.bfloat16, weight.codes.device.index)
+    configs = SPLIT if weight.codes.shape[0] == 1 else tuple(dict.fromkeys(CONFIGS + SPLIT))
+    _prepared(configs, weight.bits, weight.halves, dtype == torch.bfloat16, weight.codes.device.index)
 
 
 @cache
-def _prepared(bits: int, halves: int, b16: bool, device: int) -> None:
+def _prepared(configs: tuple[Config, ...], bits: int, halves: int, b16: bool, device: int) -> None:
     def compile_and_load(config: Config) -> None:
         with torch.cuda.device(device):
             _kernels(config, bits, halves, b16, device)
 
-    configs = _fitting(CONFIGS, bits, halves, device)
-    with ThreadPoolExecutor(len(configs), "nvrtc") as pool:  # the compiler runs without Python's lock
-        list(pool.map(compile_and_load, configs))
+    fitting = _fitting(configs, bits, halves, device)
+    with ThreadPoolExecutor(len(fitting), "nvrtc") as pool:  # the compiler runs without Python's lock
+        list(pool.map(compile_and_load, fitting))
     _counters(device)
 
 
@@ -124,7 +126,7 @@ def linear(
     """`x · Ŵᵀ + bias`: `[T, K]` to `[T, N]`. One launch for up to 8 tokens, else two a turn."""
     x = x.repeat(1, weight.planes) if weight.planes > 1 else x  # see milo.kernels.planes
     out = torch.empty(x.shape[0], weight.out_features, dtype=x.dtype, device=x.device)
-    config = _config(x, x.shape[0], weight, config)
+    config = _config(x, x.shape[0], [weight], config)
     with torch.cuda.device(x.device):  # a model may lie on several
         for first in range(0, x.shape[0], config.pairs):
             rows = slice(first, first + config.pairs)
@@ -144,7 +146,7 @@ def moe_ffn(
 ) -> torch.Tensor:
     """The MoE FFN `[T, H]` to `[T, H]`: two launches for up to 8 tokens, else three a turn."""
     out = torch.empty(x.shape[0], down.out_features, dtype=x.dtype, device=x.device)
-    config = _config(x, topk_ids.numel(), gate_up, config)
+    config = _config(x, topk_ids.numel(), [gate_up, down], config)
     turn = config.pairs // topk_ids.shape[1]
     with torch.cuda.device(x.device):
         for first in range(0, x.shape[0], turn):
@@ -154,9 +156,11 @@ def moe_ffn(
     return out
 
 
-def _config(x: torch.Tensor, pairs: int, first: PackedMatrix, config: Config | None) -> Config:
-    configs = _fitting((config,) if config else CONFIGS, first.bits, first.halves, x.device.index)
-    return choose(x.shape[0], pairs, first.codes.shape[0], configs)
+def _config(x: torch.Tensor, pairs: int, weights: Sequence[PackedMatrix], config: Config | None) -> Config:
+    first = weights[0]
+    split = first.codes.shape[0] == 1 or max(weight.v_row_tiles for weight in weights) > HIGH_RANK
+    family = (config,) if config else SPLIT if split else CONFIGS
+    return choose(x.shape[0], pairs, first.codes.shape[0], _fitting(family, first.bits, first.halves, x.device.index))
 
 
 class _Call:

@@ -22,7 +22,10 @@ struct Matrix {
 
 // Of a row tile: 16 rows, 8 tokens, the MMA's four; in units of 2^-P (codes.cuh).
 using Accumulators = float[4][NT][4];
-constexpr float UNIT = 1.0f / (1 << P<B16, BITS>);
+#ifndef MILO_BARE  // codes reach the tensor core unscaled
+#define MILO_BARE (MILO_NT == 1)
+#endif
+constexpr float UNIT = MILO_BARE ? 1.0f / (1 << P<B16, BITS>) : 1;
 
 struct Compensator {
   const u32* u_codes;   // steps of 16 ranks, 96 words each

@@ -12,6 +12,7 @@
 //
 // Bytes: every touched expert's codes and metadata once; an item's activations once a group of WARPS row tiles, from L2,
 // where partial sums stay too.
+#define MILO_BARE true
 #include "wide_streams.cuh"
 
 #include "combine.cuh"
