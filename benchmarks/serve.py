@@ -31,7 +31,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -189,9 +189,11 @@ def run_child(options: argparse.Namespace) -> None:
     write_atomically(gate / f"{system}.json", json.dumps(row))
 
 
-def run_group(systems: Sequence[str], options: argparse.Namespace) -> list[dict[str, Any]]:
-    """Boot these systems at once, measure one after the other; one that fails is reported and left out."""
-    rows = []
+def run_group(systems: Sequence[str], options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Boot these systems at once, measure one after the other, and yield each's row as it is found.
+
+    One that fails is reported and left out.
+    """
     with tempfile.TemporaryDirectory() as work:
         gate = Path(work)
         children = {system: _start(system, gate, options) for system in systems}
@@ -209,12 +211,12 @@ def run_group(systems: Sequence[str], options: argparse.Namespace) -> list[dict[
             while child.poll() is None and not found.exists():
                 time.sleep(0.2)
             if found.exists():
-                rows.append(json.loads(found.read_text()))
-                print(summary(rows[-1]), flush=True)
+                row = json.loads(found.read_text())
+                print(summary(row), flush=True)
+                yield row
             else:
                 print(f"{system} failed; the end of its log:\n{_log(system, options).read_text()[-3000:]}", flush=True)
             _end(child)
-    return rows
 
 
 def summary(row: Mapping[str, Any]) -> str:
@@ -270,9 +272,9 @@ def main() -> None:
         return
     options.out.parent.mkdir(parents=True, exist_ok=True)
     for group in [options.systems] if options.together else [[each] for each in options.systems]:
-        rows = run_group(group, options)
-        old = json.loads(options.out.read_text())["rows"] if options.out.exists() else []
-        options.out.write_text(json.dumps({"rows": merge(old, rows)}, indent=1) + "\n")
+        for row in run_group(group, options):  # written at once: whatever ends the run, this is kept
+            old = json.loads(options.out.read_text())["rows"] if options.out.exists() else []
+            options.out.write_text(json.dumps({"rows": merge(old, [row])}, indent=1) + "\n")
 
 
 if __name__ == "__main__":
