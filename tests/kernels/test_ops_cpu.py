@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import pytest
 import torch
 
 from matrices import random_matrix
 from milo import ops
 from milo.format.matrix import Encoding
-from milo.kernels import cutting, decode, prefill, prefill_config, reference
+from milo.kernels import cutting, decode, packed_reference, prefill, prefill_config, reference
+from operators import Block
 
 ENCODING = Encoding()
 
@@ -77,6 +80,23 @@ def test_support_says_why_not() -> None:
         fits, reason = kernels.supports(torch.device("cpu"), torch.float16)
         assert not fits
         assert "reference" in reason
+
+
+def test_prefill_is_compiled_ahead_where_it_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[tuple[object, ...]] = []
+    packed = Block(64, 64, [[0], [0], [0]], Encoding(4, 32), device="cpu").down
+    prefill.prepare(packed, torch.float16)  # a CPU: nothing to do
+    monkeypatch.setattr(prefill, "supports", lambda *arguments: (True, ""))
+    monkeypatch.setattr(prefill, "_kernels", lambda *arguments: made.append(arguments))
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    prefill._prepared.cache_clear()
+    for _ in range(2):
+        prefill.prepare(packed, torch.bfloat16, "gelu")
+    prefill._prepared.cache_clear()
+    kind = packed_reference.ACTIVATIONS.index("gelu")
+    assert {arguments[0] for arguments in made} == set(prefill_config.CONFIGS)
+    assert {arguments[1:] for arguments in made} == {(4, 2, True, kind, None)}
+    assert len(made) == len(prefill_config.CONFIGS)
 
 
 def test_prefill_is_for_many_tokens_an_expert() -> None:

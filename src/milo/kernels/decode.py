@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from itertools import accumulate
 
@@ -11,7 +10,7 @@ import torch
 
 from milo.kernels import nvrtc
 from milo.kernels.cutting import ADDED_PAIRS, ADDED_TOKENS, CONFIGS, HIGH_RANK, MAX_EXPERTS, SPLIT, Config, choose, fit
-from milo.kernels.launching import CHOICE_DTYPES, Workspace, address, matrices, routing
+from milo.kernels.launching import CHOICE_DTYPES, Workspace, address, all_at_once, matrices, routing
 from milo.kernels.layout import TILE, PackedMatrix
 from milo.kernels.packed_reference import ACTIVATIONS
 from milo.kernels.parameters import Compensator, Params
@@ -114,9 +113,7 @@ def _prepared(configs: tuple[Config, ...], bits: int, halves: int, b16: bool, de
         with torch.cuda.device(device):
             _kernels(config, bits, halves, b16, device)
 
-    fitting = _fitting(configs, bits, halves, device)
-    with ThreadPoolExecutor(len(fitting), "nvrtc") as pool:  # the compiler runs without Python's lock
-        list(pool.map(compile_and_load, fitting))
+    all_at_once(compile_and_load, _fitting(configs, bits, halves, device))
     _counters(device)
 
 

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
+
 import torch
 
 from milo.kernels.layout import PackedMatrix
 from milo.kernels.parameters import Matrix, Routing
+
+T = TypeVar("T")
 
 CHOICE_DTYPES = (torch.float32, torch.float16, torch.bfloat16)  # of the router's weights; kernels know the position
 
@@ -23,6 +29,12 @@ class Workspace:
 
     def __getitem__(self, name: str) -> int:
         return self._memory.data_ptr() + self._offsets[name]
+
+
+def all_at_once(work: Callable[[T], object], items: Sequence[T]) -> None:
+    """`work(item)` for every item, a thread each: the compiler runs without Python's lock."""
+    with ThreadPoolExecutor(max(1, len(items)), "nvrtc") as pool:
+        list(pool.map(work, items))
 
 
 def address(tensor: torch.Tensor | None) -> int | None:

@@ -8,11 +8,11 @@ from functools import cache
 import torch
 
 from milo.kernels import decode, nvrtc
-from milo.kernels.launching import CHOICE_DTYPES, Workspace, address, matrices, routing
+from milo.kernels.launching import CHOICE_DTYPES, Workspace, address, all_at_once, matrices, routing
 from milo.kernels.layout import TILE, PackedMatrix
 from milo.kernels.packed_reference import ACTIVATIONS
 from milo.kernels.parameters import Matrix, Routing
-from milo.kernels.prefill_config import MAX_V_SPLITS, ROW_TILES, SLACK, THREADS, Config, Load, choose
+from milo.kernels.prefill_config import CONFIGS, MAX_V_SPLITS, ROW_TILES, SLACK, THREADS, Config, Load, choose
 
 MIN_MEAN_TOKENS = 28  # an expert, from which on these kernels are faster than decode's (docs/log.md)
 _MIN_TOKENS = 65  # a linear's, likewise
@@ -87,6 +87,32 @@ def _processors(device: torch.device) -> int:
 @cache
 def _kernels(config: Config, bits: int, halves: int, b16: bool, activation: int, device: int) -> _Kernels:
     return _Kernels(config, bits, halves, b16, activation, device)
+
+
+def prepare(weight: PackedMatrix, dtype: torch.dtype, activation: str = "silu") -> None:
+    """Compile and load what any call with this matrix may need; nothing where these kernels do not run.
+
+    Args:
+        weight: on the device.
+        dtype: float16 or bfloat16.
+        activation: of the experts' gate; a linear goes by `silu`.
+
+    Raises:
+        KernelError: a kernel does not compile or load.
+    """
+    device = weight.codes.device
+    if supports(device, dtype)[0]:
+        kind = ACTIVATIONS.index(activation)
+        _prepared(weight.bits, weight.halves, dtype == torch.bfloat16, kind, device.index)
+
+
+@cache
+def _prepared(bits: int, halves: int, b16: bool, activation: int, device: int) -> None:
+    def compile_and_load(config: Config) -> None:
+        with torch.cuda.device(device):
+            _kernels(config, bits, halves, b16, activation, device)
+
+    all_at_once(compile_and_load, CONFIGS)
 
 
 def _sort_bytes(pairs: int) -> int:

@@ -6,7 +6,7 @@ import torch
 from vllm.config import VllmConfig
 
 from milo.errors import ServingError
-from milo.kernels import decode
+from milo.kernels import decode, prefill
 from milo.kernels.layout import PackedMatrix
 
 
@@ -29,6 +29,7 @@ def is_dummy(config: VllmConfig) -> bool:
 
 
 def prepare(matrix: PackedMatrix, dtype: torch.dtype) -> None:
-    """Compile what calls with this matrix may need: nothing may be compiled while vLLM captures CUDA graphs."""
+    """Compile what calls with this matrix may need: later, vLLM captures CUDA graphs, and requests would wait."""
     if matrix.codes.device.type == "cuda":
         decode.prepare(matrix, dtype)
+        prefill.prepare(matrix, dtype)
