@@ -162,10 +162,6 @@ inline void store_transposed(u32 to, const u32 (&v)[4]) {
   }
 }
 template <bool B16>
-u32 multiply_add2(u32 a, u32 b, u32 c) {
-  return fma2<B16>(a, b, c);
-}
-template <bool B16>
 u32 mul2(u32 a, u32 b) {
   return fma2<B16>(a, b, 0x80008000u);
 }

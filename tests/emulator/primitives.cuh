@@ -224,7 +224,6 @@ inline uint4 load_shared(u32 from) {
   std::memcpy(&v, shared + from, 16);
   return v;
 }
-inline uint4 load_shared_again(u32 from) { return load_shared(from); }
 inline void prefetch_l2(const void* p) { *static_cast<const volatile char*>(p); }  // it must be there
 
 inline void launch_dependents() {}

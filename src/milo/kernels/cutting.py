@@ -78,11 +78,6 @@ class Config:
         reduction = (2 if self.token_tiles == 1 else 1) * self.warps * self.tokens * 256
         return ring + reduction + self.table_bytes + 4 * ADDED_PAIRS + 256 * ADDED_TOKENS + _QUEUE
 
-    @property
-    def sum_bytes(self) -> int:
-        """Of a sum that `down` leaves for `combine`."""
-        return 2 if self.token_tiles > 4 else 4
-
     def carry_bytes(self, slots: int) -> int:
         """Memory for sums that cross from block to block."""
         return slots * self.tokens * TILE * 4
@@ -116,7 +111,7 @@ class Config:
 
 @dataclass(frozen=True)
 class Wide(Config):
-    """9 to 64 tokens a work item, whose activations a block's warps share (`cuda/wide.cu`)."""
+    """9 to 32 tokens a work item, whose activations a block's warps share (`cuda/wide.cu`)."""
 
     source: ClassVar[str] = "wide.cu"
 

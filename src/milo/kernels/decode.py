@@ -227,7 +227,7 @@ class _Call:
         return self.config.v_splits(weight.codes.shape[2]) * self.pairs * TILE * weight.v_row_tiles * 4
 
     def _partial_bytes(self, weight: PackedMatrix) -> int:
-        return 0 if self.add_items else self.pairs * weight.codes.shape[1] * TILE * self.config.sum_bytes
+        return 0 if self.add_items else self.pairs * weight.codes.shape[1] * TILE * 4
 
     def _down(self, kernels: _Kernels, blocks: int, params: Params, early: bool) -> None:
         params.out, params.row_divisor, params.add_items = self.out.data_ptr(), 1, int(self.add_items)

@@ -14,33 +14,13 @@ __device__ __forceinline__ float bias(const Params& p, int column) {
   return B16 ? from_bf16(p.bias[column]) : from_fp16(p.bias[column]);
 }
 
-// What down leaves for every choice: its sum, or for many tokens, whose sums are many bytes, its weighted sum in 16 bits.
-constexpr bool SHORT_SUMS = NT > 4;
-__device__ __forceinline__ void leave_sum(const Params& p, long long at, int pair, float sum) {
-  if constexpr (SHORT_SUMS) {
-    __stcg(static_cast<u16*>(p.partial) + at, round_to_16<B16>(choice_weight(p, pair) * sum));
-  } else {
-    __stcg(static_cast<float*>(p.partial) + at, sum);
-  }
-}
-__device__ __forceinline__ float4 found_sums(const Params& p, long long at) {  // four of them
-  if constexpr (SHORT_SUMS) {
-    const uint2 v = __ldcg(reinterpret_cast<const uint2*>(static_cast<const u16*>(p.partial) + at));
-    const u16 h[4] = {static_cast<u16>(v.x), static_cast<u16>(v.x >> 16), static_cast<u16>(v.y), static_cast<u16>(v.y >> 16)};
-    if constexpr (B16) return {from_bf16(h[0]), from_bf16(h[1]), from_bf16(h[2]), from_bf16(h[3])};
-    return {from_fp16(h[0]), from_fp16(h[1]), from_fp16(h[2]), from_fp16(h[3])};
-  } else {
-    return __ldcg(reinterpret_cast<const float4*>(static_cast<const float*>(p.partial) + at));
-  }
-}
-
 // y of a row tile and the tokens from `first` to `last` from partial sums. `weights` [choices of these tokens] is NaN
 // for choices that are not ours.
 __device__ __forceinline__ void combine_rows(const Params& p, int tile, int first, int last, const float* weights) {
   const int pitch = p.row_tiles * 64;
   for (int i = threadIdx.x; i < 16 * (last - first); i += blockDim.x) {
     const int local = i / 16, token = first + local, column = tile * 64 + i % 16 * 4;
-    const long long from = static_cast<long long>(token) * p.topk * pitch + column;
+    const float* from = p.partial + static_cast<long long>(token) * p.topk * pitch + column;
     float sum[4] = {};
     for (int j = 0; j < p.topk; j += 4) {  // four loads in flight
       float4 v[4];
@@ -49,7 +29,7 @@ __device__ __forceinline__ void combine_rows(const Params& p, int tile, int firs
       for (int k = 0; k < 4; ++k) {
         w[k] = j + k < p.topk ? weights[local * p.topk + j + k] : __int_as_float(0x7fffffff);
         v[k] = {0, 0, 0, 0};
-        if (w[k] == w[k]) v[k] = found_sums(p, from + static_cast<long long>(j + k) * pitch);
+        if (w[k] == w[k]) v[k] = __ldcg(reinterpret_cast<const float4*>(from + static_cast<long long>(j + k) * pitch));
         w[k] = w[k] == w[k] ? w[k] : 0;
       }
 #pragma unroll
@@ -77,7 +57,7 @@ extern "C" __global__ void __launch_bounds__(256) combine(const __grid_constant_
   const int last = min(p.tokens, first + TURN);
   for (int i = first * p.topk + threadIdx.x; i < last * p.topk; i += blockDim.x) {
     const bool ours = !p.routing.ids || local_expert(p.routing, i) >= 0;
-    weights[i - first * p.topk] = !ours ? __int_as_float(0x7fffffff) : SHORT_SUMS ? 1 : choice_weight(p, i);
+    weights[i - first * p.topk] = ours ? choice_weight(p, i) : __int_as_float(0x7fffffff);
   }
   __syncthreads();
   wait_for_primary();

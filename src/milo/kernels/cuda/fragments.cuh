@@ -71,7 +71,7 @@ __device__ __forceinline__ void scales_and_shifts(uint2 rows, u32 (&scale)[2], u
                   __uint_as_float(s & 0xffff0000u) * (MIDDLE - from_fp16(static_cast<u16>(z >> 16))));
   } else {
     constexpr u32 minus_one = pattern(false, -1), middle = pattern(false, MIDDLE);
-    z = mul2<false>(s, multiply_add2<false>(z, minus_one, middle));
+    z = mul2<false>(s, fma2<false>(z, minus_one, middle));
   }
   scale[0] = __byte_perm(s, s, 0x1010), scale[1] = __byte_perm(s, s, 0x3232);
   shift[0] = __byte_perm(z, z, 0x1010), shift[1] = __byte_perm(z, z, 0x3232);
@@ -94,7 +94,7 @@ __device__ __forceinline__ u32 centred_pair(const u32 (&words)[BITS]) {
   }
   constexpr float unit = 1 << at;
   constexpr u32 one = pattern(B16, 1 / unit), base = pattern(B16, -(BASE<B16> / unit + (1 << (BITS - 1))));
-  return multiply_add2<B16>(pair, one, base);
+  return fma2<B16>(pair, one, base);
 }
 template <int BITS, int STEP>
 __device__ __forceinline__ void centred_pairs(const u32 (&words)[BITS], u32 (&a)[4]) {
@@ -117,7 +117,7 @@ struct Scaling {
     centred_pairs<BITS, STEP>(words, a);
     const int h = HALVES == 2 ? STEP / 2 : 0;
 #pragma unroll
-    for (int i = 0; i < 4; ++i) a[i] = multiply_add2<B16>(a[i], scale[h][i % 2], shift[h][i % 2]);
+    for (int i = 0; i < 4; ++i) a[i] = fma2<B16>(a[i], scale[h][i % 2], shift[h][i % 2]);
   }
 };
 

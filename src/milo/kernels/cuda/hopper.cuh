@@ -135,17 +135,6 @@ __device__ __forceinline__ void store_transposed(u32 to, const u32 (&v)[4]) {
                : "memory");
 }
 
-// a * b + c on a pair of 16-bit floats.
-template <bool B16>
-__device__ __forceinline__ u32 multiply_add2(u32 a, u32 b, u32 c) {
-  u32 d;
-  if constexpr (B16) {
-    asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
-  } else {
-    asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
-  }
-  return d;
-}
 // a * b on a pair of 16-bit floats.
 template <bool B16>
 __device__ __forceinline__ u32 mul2(u32 a, u32 b) {

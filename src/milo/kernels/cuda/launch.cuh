@@ -50,7 +50,7 @@ struct Params {
   Compensator compensator;
   const u16* x;
   void* out;             // gate_up: h [pairs, I]; down: y [tokens, N]; 16-bit
-  void* partial;         // down, where combine follows: [pairs][64 * row_tiles], see combine.cuh
+  float* partial;        // down, where combine follows: [pairs][64 * row_tiles]
   float* carry;          // sums that another block finishes: moe.cu [blocks][SLICE or 64 * tokens]; wide.cu, see there
   const void* choice_weights;  // [pairs]; null: ones
   const u16* bias;       // down: [N] or null
@@ -73,6 +73,20 @@ struct Counters {
 };
 static_assert(sizeof(Counters) <= MILO_COUNTER_BYTES, "the host allocates less");
 __device__ __forceinline__ Counters& counters(const Params& p) { return *reinterpret_cast<Counters*>(p.counters); }
+
+// One block.
+__device__ __forceinline__ void zero_counters(int* counters, int bytes) {
+#pragma unroll 1
+  for (int i = threadIdx.x; i < bytes / 4; i += THREADS) counters[i] = 0;
+}
+// Where no other launch does it, the last block to end zeroes this launch's counters. `last`: a word of shared memory.
+__device__ __forceinline__ void zero_own_counters(const Params& p, int& last, int bytes) {
+  if (p.others) return;
+  __syncthreads();
+  if (threadIdx.x == 0) last = atomicAdd(&counters(p).exits, 1) == static_cast<int>(gridDim.x) - 1;
+  __syncthreads();
+  if (last) zero_counters(p.counters, bytes);
+}
 
 __device__ __forceinline__ Items& items();  // this block's routing table
 

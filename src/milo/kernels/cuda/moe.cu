@@ -102,7 +102,7 @@ __device__ __forceinline__ void write_unit(const Params& p, const Part& part, co
       const int column = part.group * RUN + row;
       static_cast<u16*>(p.out)[pair * p.rows + column] = round_to_16<B16>(activate(p.activation, one) * up);
     } else {
-      leave_sum(p, pair * (p.row_tiles * 64) + part.group * 64 + row, static_cast<int>(pair), one);
+      __stcg(p.partial + pair * (p.row_tiles * 64) + part.group * 64 + row, one);
     }
   });
 }
@@ -227,10 +227,7 @@ __device__ __forceinline__ void work(const Params& p) {
   prepare<ITEM_FIRST>(p);
   Producer producer(p, lane, warp);
   producer.fill(p);
-  if (p.others && blockIdx.x == 0) {
-#pragma unroll 1
-    for (int i = threadIdx.x; i < static_cast<int>(sizeof(Counters) / 4); i += THREADS) p.others[i] = 0;
-  }
+  if (p.others && blockIdx.x == 0) zero_counters(p.others, sizeof(Counters));
   constexpr u32 END = STAGES * STAGE_BYTES;
   u32 slot = 0, refill = END - STAGE_BYTES;  // the ring's slots that are read and filled next
   const u32 meta_at = producer.load.mine - lane * 16 + CODE_BYTES + lane / 4 * 32;
@@ -299,13 +296,5 @@ extern "C" __global__ void __launch_bounds__(THREADS, MILO_BLOCKS) down(const __
       static_cast<u16*>(p.out)[i] = 0;
     }
   }
-  if (!p.others) {  // the last block to end zeroes this launch's counters
-    int* last = reinterpret_cast<int*>(reduction());
-    __syncthreads();
-    if (threadIdx.x == 0) *last = atomicAdd(&counters(p).exits, 1) == static_cast<int>(gridDim.x) - 1;
-    __syncthreads();
-    if (*last) {
-      for (int i = threadIdx.x; i < static_cast<int>(sizeof(Counters) / 4); i += THREADS) p.counters[i] = 0;
-    }
-  }
+  zero_own_counters(p, *reinterpret_cast<int*>(reduction()), sizeof(Counters));
 }

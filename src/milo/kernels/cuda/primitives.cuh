@@ -49,13 +49,6 @@ __device__ __forceinline__ uint4 load_shared(u32 from) {
   return v;
 }
 
-// The same where it must be read anew, not kept in registers.
-__device__ __forceinline__ uint4 load_shared_again(u32 from) {
-  uint4 v;
-  asm volatile("ld.volatile.shared.v4.u32 {%0,%1,%2,%3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(from));
-  return v;
-}
-
 __device__ __forceinline__ void prefetch_l2(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
 
 // Programmatic dependent launch; both are no-ops where the launch does not use it (and below sm_90).

@@ -1,4 +1,4 @@
-// A whole MoE FFN for 9 to 64 tokens a work item, in three launches; also a plain linear, in two.
+// A whole MoE FFN for 9 to 32 tokens a work item, in three launches; also a plain linear, in two.
 //
 //   gate_up:  t = V x;  h = act(W_gate x + U_gate t) * (W_up x + U_up t)
 //   down:     t2 = V2 h;  partial = W_down h + U2 t2, for every choice
@@ -156,14 +156,9 @@ __device__ __forceinline__ void finish(const Params& p, const Part& part, Accumu
   } else {
     const int pitch = p.row_tiles * 64, column = part.group * 64;
     for_results<64>(part, total, [&](long long pair, int row, float sum, float) {
-      leave_sum(p, pair * pitch + column + row, static_cast<int>(pair), sum);
+      __stcg(p.partial + pair * pitch + column + row, sum);
     });
   }
-}
-
-__device__ __forceinline__ void zero_counters(int* counters) {
-#pragma unroll 1
-  for (int i = threadIdx.x; i < MILO_COUNTER_BYTES / 4; i += THREADS) counters[i] = 0;
 }
 
 // A warp's `count` tiles of a stage, for the first N n8 tiles of tokens. `x`: the activations of the first of them.
@@ -180,16 +175,12 @@ __device__ __forceinline__ void multiply_tiles(const Params& p, int number, int 
   }
 }
 
-// There is code for every number of n8 tiles, but where there may be more than four only for even ones below.
-__device__ constexpr int fewer(int token_tiles) { return token_tiles - (NT > 4 && token_tiles <= 4 ? 2 : 1); }
-
+// There is code for every number of n8 tiles.
 template <int N = NT>
 __device__ __forceinline__ void multiply_stage(const Params& p, int number, int token_tiles, int count, u32 x, u32 x_step,
                                                Weights& weights, Accumulators& total) {
-  if constexpr (fewer(N) > 0) {
-    if (token_tiles <= fewer(N)) {
-      return multiply_stage<fewer(N)>(p, number, token_tiles, count, x, x_step, weights, total);
-    }
+  if constexpr (N > 1) {
+    if (token_tiles < N) return multiply_stage<N - 1>(p, number, token_tiles, count, x, x_step, weights, total);
   }
   multiply_tiles<N>(p, number, count, x, x_step, weights, total);
 }
@@ -202,7 +193,7 @@ __device__ __forceinline__ void work(const Params& p) {
   Activations activations(lane);
   weights.ask(p, STAGES - 1);
   wait_for_primary();
-  if (p.others && blockIdx.x == 0) zero_counters(p.others);
+  if (p.others && blockIdx.x == 0) zero_counters(p.others, MILO_COUNTER_BYTES);
   activations.ask(p, weights.known);
   copy_commit();
   copy_wait<0>();
@@ -259,11 +250,5 @@ extern "C" __global__ void __launch_bounds__(THREADS, MILO_BLOCKS) gate_up(const
 extern "C" __global__ void __launch_bounds__(THREADS, MILO_BLOCKS) down(const __grid_constant__ Params p) {
   launch_dependents();
   work<1>(p);
-  if (!p.others) {  // the last block to end zeroes this launch's counters
-    int& last = scratch().part_count;
-    __syncthreads();
-    if (threadIdx.x == 0) last = atomicAdd(&counters(p).exits, 1) == static_cast<int>(gridDim.x) - 1;
-    __syncthreads();
-    if (last) zero_counters(p.counters);
-  }
+  zero_own_counters(p, scratch().part_count, MILO_COUNTER_BYTES);
 }

@@ -13,26 +13,11 @@ __device__ __forceinline__ u32 split(float f) {
   return pair_bf16(high, f - high);
 }
 
-// Calls `f(block of 16 rows, n8 tile)` for at most TILES of the latter.
-template <int BLOCKS, int TILES, typename F>
-__device__ __forceinline__ void for_all(int tiles, F f) {
-#pragma unroll
-  for (int nt = 0; nt < TILES; ++nt) {
-#pragma unroll
-    for (int b = 0; b < BLOCKS; ++b) {
-      if (nt < tiles) f(b, nt);
-    }
-  }
-}
-
 // total += the product of the first N n8 tiles of tokens, but for the zeros. `codes`, `x`: where the tile and its
 // activations are, at this lane's 16 bytes; `meta`: the metadata of this lane's rows.
 template <int N>
 __device__ __forceinline__ void multiply(u32 codes, u32 meta, u32 x, Accumulators& total) {
-  constexpr bool HELD = N <= 4;         // activations stay in registers; else two blocks of 16 rows are decoded at once
-  constexpr int BLOCKS = HELD ? 1 : 2;  // so that they are read only twice, 16 tokens at a time
-  constexpr int GROUP = HELD ? N : 2;   // n8 tiles
-  uint4 words[BITS], scales[HALVES][2], x_words[GROUP][2];
+  uint4 words[BITS], scales[HALVES][2], x_words[N][2];
 #pragma unroll
   for (int j = 0; j < BITS; ++j) words[j] = load_shared(codes + j * 512);
 #pragma unroll
@@ -40,57 +25,43 @@ __device__ __forceinline__ void multiply(u32 codes, u32 meta, u32 x, Accumulator
 #pragma unroll
     for (int i = 0; i < 2; ++i) scales[h][i] = load_shared(meta + h * 256 + i * 16);
   }
-  auto load_x = [&](int first) {
 #pragma unroll
-    for (int nt = 0; nt < GROUP; ++nt) {
-      if (first + nt >= N) break;
+  for (int nt = 0; nt < N; ++nt) {
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const u32 at = x + (first + nt) * 1024 + half * 512;
-        x_words[nt][half] = HELD ? load_shared(at) : load_shared_again(at);
+    for (int half = 0; half < 2; ++half) x_words[nt][half] = load_shared(x + nt * 1024 + half * 512);
+  }
+#pragma unroll
+  for (int mt = 0; mt < 4; ++mt) {
+    u32 mine[BITS], pairs[16];
+#pragma unroll
+    for (int j = 0; j < BITS; ++j) mine[j] = component(words[j], mt);
+    decode<B16, BITS>(mine, pairs);
+    float scale[HALVES][2], d[N][HALVES][4] = {};
+#pragma unroll
+    for (int h = 0; h < HALVES; ++h) {
+#pragma unroll
+      for (int row = 0; row < 2; ++row) {
+        scale[h][row] = from_fp16(static_cast<u16>(component(scales[h][mt / 2], mt % 2 * 2 + row)));
       }
     }
-  };
-  if constexpr (HELD) load_x(0);
 #pragma unroll
-  for (int first = 0; first < 4; first += BLOCKS) {
-    u32 pairs[BLOCKS][16];
-    float scale[BLOCKS][HALVES][2];
+    for (int half = 0; half < 2; ++half) {  // one product after the other of as many sums as there are
 #pragma unroll
-    for (int b = 0; b < BLOCKS; ++b) {
-      const int mt = first + b;
-      u32 mine[BITS];
+      for (int nt = 0; nt < N; ++nt) {
+        mma<B16>(d[nt][half % HALVES], pairs + half * 8, x_words[nt][half].x, x_words[nt][half].y);
+      }
 #pragma unroll
-      for (int j = 0; j < BITS; ++j) mine[j] = component(words[j], mt);
-      decode<B16, BITS>(mine, pairs[b]);
+      for (int nt = 0; nt < N; ++nt) {
+        mma<B16>(d[nt][half % HALVES], pairs + half * 8 + 4, x_words[nt][half].z, x_words[nt][half].w);
+      }
+    }
+#pragma unroll
+    for (int nt = 0; nt < N; ++nt) {
 #pragma unroll
       for (int h = 0; h < HALVES; ++h) {
 #pragma unroll
-        for (int row = 0; row < 2; ++row) {
-          scale[b][h][row] = from_fp16(static_cast<u16>(component(scales[h][mt / 2], mt % 2 * 2 + row)));
-        }
+        for (int i = 0; i < 4; ++i) total[mt][nt][i] += scale[h][i / 2] * d[nt][h][i];
       }
-    }
-#pragma unroll
-    for (int group = 0; group < N; group += GROUP) {
-      if constexpr (!HELD) load_x(group);
-      float d[BLOCKS][GROUP][HALVES][4] = {};
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {  // one product after the other of as many sums as there are
-        for_all<BLOCKS, GROUP>(N - group, [&](int b, int nt) {
-          mma<B16>(d[b][nt][half % HALVES], pairs[b] + half * 8, x_words[nt][half].x, x_words[nt][half].y);
-        });
-        for_all<BLOCKS, GROUP>(N - group, [&](int b, int nt) {
-          mma<B16>(d[b][nt][half % HALVES], pairs[b] + half * 8 + 4, x_words[nt][half].z, x_words[nt][half].w);
-        });
-      }
-      for_all<BLOCKS, GROUP>(N - group, [&](int b, int nt) {
-#pragma unroll
-        for (int h = 0; h < HALVES; ++h) {
-#pragma unroll
-          for (int i = 0; i < 4; ++i) total[first + b][group + nt][i] += scale[b][h][i / 2] * d[b][nt][h][i];
-        }
-      });
     }
   }
 }
