@@ -13,12 +13,15 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from published import config_of, heads_of
-from solver import Group, make, mixtral, solve_layer, synchronise
+from record import header, write
+from solver import Group, make, mixtral, pieces, solve_layer, timed
 
 from milo.pipeline.measure_menu import measure_stack, summed
 from milo.pipeline.work import piece_size
@@ -29,12 +32,6 @@ from milo.plan.sensitivity import structural
 from milo.solve.stack import solve_stack
 
 RATE = 3.55  # bits a weight: `milo-s1` of Mixtral-8x7B
-
-
-def pieces(group: Group, piece: int) -> list[slice]:
-    """Members that are solved together, as the pipeline cuts them."""
-    size = max(1, piece // (group.shape[0] * group.shape[1]))
-    return [slice(first, first + size) for first in range(0, len(group.kurtosis), size)]
 
 
 def measure(group: Group, importance: torch.Tensor, piece: int) -> Measured:
@@ -49,12 +46,6 @@ def compress(group: Group, row: Row, importance: torch.Tensor, rounds: int, piec
     """The group as the plan's row says."""
     for part in pieces(group, piece):
         solve_stack(group.weight[part], row.ranks[part], row.encoding, GRID, rounds, group.name, importance[part])
-
-
-def timed_seconds(device: torch.device, begin: float) -> float:
-    """Seconds since `begin`, once the device has caught up."""
-    synchronise(device)
-    return time.perf_counter() - begin
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
@@ -75,6 +66,13 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         for group in layer:
             group.weight = torch.empty(0)
 
+    def measure_layer(layer: list[Group], importance: Mapping[str, torch.Tensor]) -> None:
+        measured.append({group.name: measure(group, importance[group.name], piece) for group in layer})
+
+    def compress_layer(layer: list[Group], rows: Mapping[str, Row], importance: Mapping[str, torch.Tensor]) -> None:
+        for group in layer:
+            compress(group, rows[group.name], importance[group.name], plan.rounds, piece)
+
     for i, layer in enumerate(model):
         importance = prepare(i)
         if i == 0:  # compiles what is new; not counted
@@ -82,9 +80,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             for group in layer:
                 measure(group, importance[group.name], piece)
         seconds["milo-s2"] += solve_layer(layer, args.rounds, piece, ranked=True)[0]
-        begin = time.perf_counter()
-        measured.append({group.name: measure(group, importance[group.name], piece) for group in layer})
-        seconds["menu"] += timed_seconds(device, begin)
+        seconds["menu"] += timed(device, partial(measure_layer, layer, importance))
         drop(layer)
 
     def found(name: str) -> Measured:
@@ -106,19 +102,13 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     for i, layer in enumerate(model):
         importance = prepare(i)
         rows = {row.name.rpartition(".")[2]: row for row in plan.rows if f".layers.{i}." in row.name}
-        synchronise(device)
-        begin = time.perf_counter()
-        for group in layer:
-            compress(group, rows[group.name], importance[group.name], plan.rounds, piece)
-        seconds["compression"] += timed_seconds(device, begin)
+        seconds["compression"] += timed(device, partial(compress_layer, layer, rows, importance))
         drop(layer)
 
     share = len(model) / args.of
     budget = seconds["menu"] + seconds["compression"] + seconds["allocation"] * share
     return {
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-        "torch": torch.__version__,
-        "layers": len(model),
+        **header(device, {"layers": len(model)}, "torch"),
         "seconds": seconds,
         "budget_seconds": budget,
         "ratio": budget / seconds["milo-s2"],
@@ -140,7 +130,7 @@ def main() -> None:
     found = run(args)
     print(json.dumps(found, indent=1))
     if args.out:
-        args.out.write_text(json.dumps(found, indent=1) + "\n")
+        write(args.out, found)
 
 
 if __name__ == "__main__":

@@ -16,8 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -30,10 +29,9 @@ TOKENS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
 def measure(shape_name: str, device_name: str, tokens: Sequence[int] = TOKENS) -> dict[str, float]:
     """Seconds of importing, making the layer, compiling, calling, and of all."""
     import torch
-    from synthetic import SHAPES, random_layers, random_matrix, route
+    from synthetic import SHAPES, compile_ahead, random_layers, random_matrix, route
 
     from milo import ops
-    from milo.kernels import decode, prefill
 
     marks = [BEGIN, time.perf_counter()]
     shape, device = SHAPES[shape_name], torch.device(device_name)
@@ -48,14 +46,8 @@ def measure(shape_name: str, device_name: str, tokens: Sequence[int] = TOKENS) -
         ops.moe_ffn(x, *layer, ids, torch.rand(count, shape.topk, device=device))
         ops.linear(x, dense)
 
-    if decode.supports(device, torch.bfloat16)[0]:
-        many = [count for count in tokens if prefill.prefers(count, shape.topk, 2 * shape.topk)]
-        jobs: list[Callable[[], None]] = [lambda: decode.prepare(dense, torch.bfloat16)]
-        jobs += [lambda count=count: call(count) for count in many]
-        with ThreadPoolExecutor(len(jobs)) as pool:
-            for job in [pool.submit(job) for job in jobs]:
-                job.result()
-        _synchronize(device)
+    compile_ahead(torch.bfloat16, device)
+    _synchronize(device)
     marks.append(time.perf_counter())
     for count in tokens:
         call(count)

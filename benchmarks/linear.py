@@ -9,24 +9,19 @@ together exceed L2 many times; `limit` counts all bytes of one matrix, compensat
 from __future__ import annotations
 
 import argparse
-import gc
-import time
 from collections.abc import Callable, Sequence
 from math import ceil
 from pathlib import Path
-from typing import Any
 
-import humming_peer
-import synthetic
 import torch
+from campaign import Row, run
 from humming_peer import FORMATS, Need, Product
-from record import figures, header, write
+from record import figures
 from synthetic import random_matrix
-from timing import attempt, graph_time, read_bandwidth
+from timing import attempt, graph_time
 
 from milo import ops
 
-Row = dict[str, Any]
 PEERS = ("bf16", *FORMATS)
 SHAPES = ("4096x4096", "4096x14336", "14336x4096")
 RING_BYTES = 256e6  # of the 3-bit ring: several times any GPU's L2
@@ -113,13 +108,6 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     options = parse(arguments)
-    torch.manual_seed(0)
-    gc.freeze()  # every capture collects garbage, which need not go through all that was imported
-    begin = time.perf_counter()
-    bandwidth = read_bandwidth(options.device)
-    settings = {"read_tb_s": bandwidth / 1e6, "dtype": str(options.dtype).removeprefix("torch.")}
-    result = header(options.device, settings, "torch") | {"peers": {p: FORMATS.get(p) for p in options.peers}}
-    print(f"{result['device']}, read {bandwidth / 1e6:.2f} TB/s; microseconds", flush=True)
     sizes = [tuple(map(int, name.split("x"))) for name in options.shapes]
     wanted = [
         Need(label, n, k, 0, tokens)
@@ -128,16 +116,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for n, k in sizes
         for tokens in options.tokens
     ]
-    synthetic.compile_ahead(options.dtype, options.device)
-    humming_peer.compile_ahead(wanted, options.dtype, options.device)
-    print(f"compiled after {time.perf_counter() - begin:.0f} s", flush=True)
-    rows: list[Row] = []
-    for name in options.shapes:
-        new = measure(name, bandwidth, options)
-        rows += new
-        print(*map(line, new), f"{name}: done after {time.perf_counter() - begin:.0f} s", sep="\n", flush=True)
-        if options.out:
-            write(options.out, result | {"complete": name == options.shapes[-1], "rows": rows})
+    run(options, {}, wanted, measure, line)
 
 
 if __name__ == "__main__":

@@ -17,24 +17,19 @@ rank 32 and rank 0; every expert of every layer is chosen equally often.
 from __future__ import annotations
 
 import argparse
-import gc
-import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-import humming_peer
-import synthetic
 import torch
+from campaign import Row, run
 from humming_peer import FORMATS, Need
 from peers import PEERS, Case, open_peer, time_peer
-from record import figures, header, write
+from record import figures
 from synthetic import ROUTINGS, SHAPES, ZIPF, Layer, Shape, official_layers, random_layers, route, touched_bytes
-from timing import graph_time, read_bandwidth
+from timing import graph_time
 
 from milo import ops
 
-Row = dict[str, Any]
 OFFICIAL_TOKENS = 64  # the most with the official ranks: what they cost is decided where weights are the limit
 
 
@@ -168,25 +163,8 @@ def needs(options: argparse.Namespace) -> list[Need]:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     options = parse(arguments)
-    torch.manual_seed(0)
-    gc.freeze()  # every capture collects garbage, which need not go through all that was imported
-    begin = time.perf_counter()
-    bandwidth = read_bandwidth(options.device)
-    settings = {"read_tb_s": bandwidth / 1e6, "dtype": str(options.dtype).removeprefix("torch.")}
-    if "zipf" in options.routing:
-        settings["zipf_exponent"] = ZIPF
-    result = header(options.device, settings, "torch") | {"peers": {p: FORMATS.get(p) for p in options.peers}}
-    print(f"{result['device']}, read {bandwidth / 1e6:.2f} TB/s; microseconds", flush=True)
-    synthetic.compile_ahead(options.dtype, options.device)
-    humming_peer.compile_ahead(needs(options), options.dtype, options.device)
-    print(f"compiled after {time.perf_counter() - begin:.0f} s", flush=True)
-    rows: list[Row] = []
-    for name in options.shapes:
-        new = (measure_official if options.official else measure)(name, bandwidth, options)
-        rows += new
-        print(*map(line, new), f"{name}: done after {time.perf_counter() - begin:.0f} s", sep="\n", flush=True)
-        if options.out:  # after every shape, so that a run that is cut off leaves what it has
-            write(options.out, result | {"complete": name == options.shapes[-1], "rows": rows})
+    more = {"zipf_exponent": ZIPF} if "zipf" in options.routing else {}
+    run(options, more, needs(options), measure_official if options.official else measure, line)
 
 
 if __name__ == "__main__":

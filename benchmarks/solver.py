@@ -145,10 +145,14 @@ def synchronise(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def solve_group(group: Group, ranks: list[int], rounds: int, piece: int) -> Iterator[Solved]:
+def pieces(group: Group, piece: int) -> list[slice]:
+    """Members that are solved together, as the pipeline cuts them."""
     size = max(1, piece // (group.shape[0] * group.shape[1]))
-    for first in range(0, len(ranks), size):
-        members = slice(first, first + size)
+    return [slice(first, first + size) for first in range(0, len(group.kurtosis), size)]
+
+
+def solve_group(group: Group, ranks: list[int], rounds: int, piece: int) -> Iterator[Solved]:
+    for members in pieces(group, piece):
         yield from solve_stack(group.weight[members], ranks[members], Encoding(), rounds=rounds)
 
 

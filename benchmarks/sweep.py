@@ -8,7 +8,6 @@ As `moe.py` times: graph replay over a ring of layers that misses L2, random rou
 from __future__ import annotations
 
 import argparse
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -18,6 +17,7 @@ from timing import graph_time
 
 from milo.kernels import decode, prefill
 from milo.kernels.cutting import CONFIGS, Config, Wide, choose
+from milo.kernels.launching import all_at_once
 
 DTYPE = torch.bfloat16
 
@@ -33,7 +33,6 @@ def label(config: Config) -> str:
 
 
 def compile_all(configs: list[Config]) -> None:
-    """All at once; the compiler runs without Python's lock."""
     device = torch.cuda.current_device()
     decode._counters(device)
 
@@ -42,8 +41,7 @@ def compile_all(configs: list[Config]) -> None:
             for fitted in decode._fitting((config,), 3, 1, device):
                 decode._kernels(fitted, 3, 1, True, device)
 
-    with ThreadPoolExecutor(16) as pool:
-        list(pool.map(build, configs))
+    all_at_once(build, configs)
 
 
 def time_config(

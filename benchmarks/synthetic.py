@@ -13,7 +13,7 @@ from kurtosis import made_up_kurtosis
 
 from milo.checkpoint.inventory import Group, Kind
 from milo.checkpoint.roles import Role
-from milo.kernels import decode
+from milo.kernels import decode, prefill
 from milo.kernels.layout import RANKS, TILE, PackedMatrix
 from milo.plan.ranks import Evidence, assign_ranks
 
@@ -94,9 +94,11 @@ def random_matrix(
 
 
 def compile_ahead(dtype: torch.dtype, device: torch.device) -> None:
-    """Compile our kernels for few tokens side by side, where they run; the others compile at their first call."""
+    """Compile all that a model may need of our kernels, side by side, where they run."""
     if decode.supports(device, dtype)[0]:
-        decode.prepare(random_matrix(1, TILE, TILE, 1, 0, device), dtype)
+        experts = random_matrix(2, TILE, TILE, 1, 0, device)  # two, since a single matrix needs fewer
+        for kernels in (decode, prefill):
+            kernels.prepare(experts, dtype)
 
 
 def random_layers(shape: Shape, rank: int, device: torch.device) -> list[Layer]:
