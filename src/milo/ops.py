@@ -101,7 +101,8 @@ def _linear(
     tokens, bias = x.shape[0], None if bias is None else bias.contiguous()
     if not tokens or not decode.supports(x.device, x.dtype)[0]:
         return _apart(packed_reference.linear, x, matrix, bias)
-    if prefill.prefers(tokens, 1, 1) and prefill.supports(x.device, x.dtype)[0]:
+    many = prefill.prefers_linear(tokens, matrix.codes.shape[1], max(1, len(matrix.stack)))
+    if many and prefill.supports(x.device, x.dtype)[0]:
         return _apart(prefill.linear, _aligned(x), matrix, bias)
     return decode.linear(_aligned(x), matrix, bias)
 

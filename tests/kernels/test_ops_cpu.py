@@ -104,9 +104,10 @@ def test_prefill_is_for_many_tokens_an_expert() -> None:
     assert prefill.prefers(4096, 8, 128)
     assert not prefill.prefers(64, 2, 8)  # 16 tokens an expert
     assert not prefill.prefers(512, 8, 256)
-    assert prefill.prefers(512, 1, 1)  # a linear
-    assert not prefill.prefers(32, 1, 1)
-    assert not prefill.prefers(40, 1, 1)  # a block of few rows would be alone
+    assert not prefill.prefers_linear(64, 64, 1)  # measured: 4096 x 4096 from 100 to 190 tokens on, by its rank
+    assert prefill.prefers_linear(256, 64, 1)
+    assert prefill.prefers_linear(64, 224, 1)
+    assert not prefill.prefers_linear(64, 224, 3)  # three launches one after the other
 
 
 @pytest.mark.parametrize("bits", [3, 4])

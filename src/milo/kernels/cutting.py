@@ -144,10 +144,14 @@ class Wide(Config):
 
 # The fastest somewhere; 16, 48 and 64 tokens an item, and other warps, were not (docs/log.md).
 CONFIGS: tuple[Config, ...] = (Config(1, 8, 3, 2, 512), Wide(3, 12, 4, 1, 4096), Wide(4, 8, 4, 1, 4096))
-# For a single matrix and for compensators of high rank. A wide warp adds all of `U t` for its row tile by itself, at
-# rank 1,024 in 64 steps one after the other; here the warps of a block share them.
+# For compensators of high rank. A wide warp adds all of `U t` for its row tile by itself, at rank 1,024 in 64 steps one
+# after the other; here the warps of a block share them.
 SPLIT: tuple[Config, ...] = (CONFIGS[0], Config(2, 8, 2, 2), Config(3, 12, 2, 1), Config(4, 8, 3, 1))
 HIGH_RANK = 4  # more row tiles of V than these
+# For a single matrix, which is read from L2 where it is met again: 24 and 32 tokens an item were slower at rank 512,
+# and 8 tokens an item (whose blocks add up by themselves) from four tokens on.
+SINGLE: tuple[Config, ...] = (CONFIGS[0], SPLIT[1])
+_SINGLE_FEW = 3  # tokens, the most for the first of these
 
 
 def fit(config: Config, bits: int, halves: int, shared: int) -> Config | None:
@@ -168,3 +172,8 @@ def choose(tokens: int, pairs: int, experts: int, configs: Sequence[Config] = CO
         if tokens <= config.tokens or mean + spread <= config.tokens:
             return config
     return configs[-1]
+
+
+def choose_single(tokens: int, configs: Sequence[Config] = SINGLE) -> Config:
+    """One of `SINGLE`, or what is left of it on a device."""
+    return configs[0] if tokens <= _SINGLE_FEW else configs[-1]

@@ -9,7 +9,19 @@ from itertools import accumulate
 import torch
 
 from milo.kernels import nvrtc
-from milo.kernels.cutting import ADDED_PAIRS, ADDED_TOKENS, CONFIGS, HIGH_RANK, MAX_EXPERTS, SPLIT, Config, choose, fit
+from milo.kernels.cutting import (
+    ADDED_PAIRS,
+    ADDED_TOKENS,
+    CONFIGS,
+    HIGH_RANK,
+    MAX_EXPERTS,
+    SINGLE,
+    SPLIT,
+    Config,
+    choose,
+    choose_single,
+    fit,
+)  # fmt: skip
 from milo.kernels.launching import CHOICE_DTYPES, Workspace, address, all_at_once, matrices, routing
 from milo.kernels.layout import TILE, PackedMatrix
 from milo.kernels.packed_reference import ACTIVATIONS
@@ -103,7 +115,7 @@ def prepare(weight: PackedMatrix, dtype: torch.dtype) -> None:
     Raises:
         KernelError: a kernel does not compile or load.
     """
-    configs = SPLIT if weight.codes.shape[0] == 1 else tuple(dict.fromkeys(CONFIGS + SPLIT))
+    configs = SINGLE if weight.codes.shape[0] == 1 else tuple(dict.fromkeys(CONFIGS + SPLIT))
     _prepared(configs, weight.bits, weight.halves, dtype == torch.bfloat16, weight.codes.device.index)
 
 
@@ -155,9 +167,14 @@ def moe_ffn(
 
 def _config(x: torch.Tensor, pairs: int, weights: Sequence[PackedMatrix], config: Config | None) -> Config:
     first = weights[0]
-    split = first.codes.shape[0] == 1 or max(weight.v_row_tiles for weight in weights) > HIGH_RANK
-    family = (config,) if config else SPLIT if split else CONFIGS
-    return choose(x.shape[0], pairs, first.codes.shape[0], _fitting(family, first.bits, first.halves, x.device.index))
+    experts, device = first.codes.shape[0], x.device.index
+    if config:
+        return _fitting((config,), first.bits, first.halves, device)[0]
+    if experts == 1:
+        return choose_single(x.shape[0], _fitting(SINGLE, first.bits, first.halves, device))
+    high = max(weight.v_row_tiles for weight in weights) > HIGH_RANK
+    fitting = _fitting(SPLIT if high else CONFIGS, first.bits, first.halves, device)
+    return choose(x.shape[0], pairs, experts, fitting)
 
 
 class _Call:

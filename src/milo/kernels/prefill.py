@@ -15,7 +15,9 @@ from milo.kernels.parameters import Matrix, Routing
 from milo.kernels.prefill_config import CONFIGS, MAX_V_SPLITS, ROW_TILES, SLACK, THREADS, Config, Load, choose
 
 MIN_MEAN_TOKENS = 28  # an expert, from which on these kernels are faster than decode's (docs/log.md)
-_MIN_TOKENS = 65  # a linear's, likewise
+_MIN_TOKENS = 65  # of an MoE FFN, likewise
+_LINEAR_TURN = 16  # tokens that decode's kernels multiply a single matrix by at a time
+_LINEAR_WORK = 500  # row tiles times such turns that take it as long as one wave of units takes these (docs/log.md)
 _MAX_TOKENS = 4096  # of one set of launches; more are done in turns, which bounds the workspace
 _MAX_PAIRS = 32768
 _SORT_THREADS, _COMBINE_THREADS = 1024, 256
@@ -33,8 +35,19 @@ def supports(device: torch.device, dtype: torch.dtype, experts: int = 1, topk: i
 
 
 def prefers(tokens: int, topk: int, experts: int) -> bool:
-    """Whether so many tokens are worth these kernels; `experts`: all that the router chooses from, 1 for a linear."""
+    """Whether so many tokens are worth these kernels in an MoE FFN; `experts`: all that the router chooses from."""
     return tokens * topk >= MIN_MEAN_TOKENS * experts and tokens >= _MIN_TOKENS
+
+
+def prefers_linear(tokens: int, row_tiles: int, matrices: int) -> bool:
+    """Whether a linear is worth these kernels, whose blocks walk over all of K one unit after the other.
+
+    Args:
+        tokens: rows of x.
+        row_tiles: of all matrices together.
+        matrices: that are stacked, each of which would have launches of its own here.
+    """
+    return -(-tokens // _LINEAR_TURN) * row_tiles >= _LINEAR_WORK * matrices
 
 
 class Preparation(ctypes.Structure):
