@@ -102,11 +102,19 @@ class Config:
         parts = math.ceil(items * v_tiles) * splits
         if units > slots:  # equal stretches, wherever they begin and end
             return Cut(slots, finest, max(1, round(finest / splits)))
-        # Few units: whole ones, or equal pieces, so that few sums cross from block to block.
-        quanta = min(finest, slots // math.ceil(units))
-        blocks = math.ceil(units) * quanta
-        apart = blocks + parts <= slots and quanta == 1  # V has blocks of its own
+        # Few units: whole ones, or equal pieces where that is worth handing sums over. V has blocks of its own, if it
+        # can, each of which counts as a piece.
+        few, chain = math.ceil(units), -(-k_tiles // self.warps)
+        most = max(1, min(finest, (slots - parts) // few))
+        quanta = min(range(1, most + 1), key=lambda pieces: self._latency(few * pieces + parts, chain, pieces, slots))
+        blocks = few * quanta
+        apart = blocks + parts <= slots
         return Cut(blocks + parts if apart else blocks, quanta, 1 if apart else 0)
+
+    def _latency(self, blocks: int, chain: int, pieces: int, slots: int) -> float:
+        """Microseconds for a warp's `chain` of tiles in so many pieces, and to add these up (H100, docs/log.md)."""
+        alone = blocks <= slots // self.blocks  # on its SM
+        return chain / pieces * 0.45 * (1 if alone else 1.8) + (1.2 + 0.3 * pieces if pieces > 1 else 0)
 
 
 @dataclass(frozen=True)
