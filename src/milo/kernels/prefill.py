@@ -192,6 +192,7 @@ class _Call:
         processors = _processors(x.device)
         self.config = config or choose(self.tokens, self.topk, everywhere, self.experts, loads, processors)
         self.width = self.config.width
+        self.slots = processors * self.config.blocks  # blocks that run at a time
         self.kernels = self._of(matrices[0])
 
     def moe_ffn(self, gate_up: PackedMatrix, down: PackedMatrix) -> None:
@@ -286,10 +287,10 @@ class _Call:
     def _multiply(self, weight: PackedMatrix, product: Product) -> None:
         kernels = self._of(weight)
         units = self._items * (product.groups + product.v_groups * product.v_splits)
-        kernels.multiply(min(units, _processors(self.x.device)), THREADS, product, early=True)
+        kernels.multiply(min(units, self.slots), THREADS, product, early=True)
 
     def _v_splits(self, weight: PackedMatrix) -> int:
-        """Parts of K in which `V x` is computed: enough units for all processors, but not too short ones."""
+        """Parts of K in which `V x` is computed: enough units for all blocks, but not too short ones."""
         groups = _v_groups(weight)
         if not groups:
             return 1
@@ -297,7 +298,7 @@ class _Call:
             items = self._items
         else:
             items = min(self.pairs, self.experts) * -(-self.pairs // (self.experts * self.width))
-        parts = min(_processors(self.x.device) // (items * groups), weight.codes.shape[2] // _MIN_V_STAGES)
+        parts = min(self.slots // (items * groups), weight.codes.shape[2] // _MIN_V_STAGES)
         return max(1, min(MAX_V_SPLITS, parts))
 
     def _of(self, weight: PackedMatrix) -> _Kernels:

@@ -15,10 +15,12 @@ ROW_TILES = 4  # of a unit
 THREADS = 384
 MAX_V_SPLITS = 16  # parts of K in which `V x` is computed
 SLACK = 1024  # bytes; the kernels put their shared memory on a boundary of that
-_SHARED = 227 << 10  # bytes of shared memory that a block can have
+_SHARED = 228 << 10  # bytes of shared memory that an SM has
+_RESERVED = 1024  # of these a block takes beyond its own
 _MAX_STAGES = 8
 _LAG = 2  # stages between the two warpgroups of consumers
-_PRODUCER_REGISTERS, _CONSUMER_REGISTERS = 40, 232  # a thread: together the 168 that each of 384 starts with
+# A thread's, of producers and consumers, by the blocks an SM: together the 168 or 80 that each of 384 starts with.
+_REGISTERS = {1: (40, 232), 2: (32, 104)}
 
 
 @dataclass(frozen=True)
@@ -27,15 +29,17 @@ class Config:
 
     Attributes:
         width: the most tokens of a work item; sums of more would not fit the registers.
+        blocks: an SM.
     """
 
     width: int
+    blocks: int = 1
 
     def ring(self, bits: int, halves: int) -> tuple[int, int]:
         """Stages of the ring in shared memory, as many as fit, and the bytes that a block takes."""
         stage = self.width * 128 + ROW_TILES * (bits * 512 + halves * 256) + 16
         rest = 2 * self.width * (128 + 8) + 4 * self.width + 192 + 16
-        stages = min(_MAX_STAGES, (_SHARED - SLACK - rest) // stage)
+        stages = min(_MAX_STAGES, (_SHARED // self.blocks - _RESERVED - SLACK - rest) // stage)
         return stages, stages * stage + rest
 
     def macros(self, bits: int, halves: int, b16: bool, activation: int) -> dict[str, int]:
@@ -45,11 +49,12 @@ class Config:
             "MILO_BF16": int(b16), "MILO_BITS": bits, "MILO_HALVES": halves, "MILO_ACTIVATION": activation,
             "MILO_WIDTH": self.width, "MILO_STAGES": stages, "MILO_SHARED": shared,
             "MILO_LAG": _LAG, "MILO_V_SPLITS": MAX_V_SPLITS,
-            "MILO_PRODUCER_REGISTERS": _PRODUCER_REGISTERS, "MILO_CONSUMER_REGISTERS": _CONSUMER_REGISTERS,
+            "MILO_BLOCKS": self.blocks,
+            "MILO_PRODUCER_REGISTERS": _REGISTERS[self.blocks][0], "MILO_CONSUMER_REGISTERS": _REGISTERS[self.blocks][1],
         }  # fmt: skip
 
 
-CONFIGS = tuple(Config(width) for width in (96, 112, 128, 144, 160))
+CONFIGS = tuple(Config(width, 2 if width <= 64 else 1) for width in (32, 48, 64, 80, 96, 112, 128, 144, 160))
 _SIXTHS = (-1.38, -0.67, -0.21, 0.21, 0.67, 1.38)  # medians of the sixths of a normal distribution
 # Clocks of a stage, those of each of its columns, and those of a unit's start and end a column: fitted to 18 times of
 # the kernels' first version at 1.7 GHz (docs/log.md, 2026-11-25 · prefill, second version).

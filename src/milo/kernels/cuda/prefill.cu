@@ -186,7 +186,7 @@ __device__ __forceinline__ void consume(const Params& p) {
   }
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS, 1) multiply(const __grid_constant__ Params p) {
+extern "C" __global__ void __launch_bounds__(THREADS, MILO_BLOCKS) multiply(const __grid_constant__ Params p) {
   const u32 base = shared_address(shared_memory());
   if (threadIdx.x == 0) {
     for (int s = 0; s < STAGES; ++s) {

@@ -77,6 +77,10 @@ __device__ __forceinline__ void products_wait() {
 // For the widths of items and half of them.
 template <bool B16, int WIDTH>
 __device__ __forceinline__ void product(float* d, const u32* a, u32 b) {
+  MILO_CASE(16, 8, 9, 10, 11, 12, 13)
+  MILO_CASE(24, 12, 13, 14, 15, 16, 17)
+  MILO_CASE(32, 16, 17, 18, 19, 20, 21)
+  MILO_CASE(40, 20, 21, 22, 23, 24, 25)
   MILO_CASE(48, 24, 25, 26, 27, 28, 29)
   MILO_CASE(56, 28, 29, 30, 31, 32, 33)
   MILO_CASE(64, 32, 33, 34, 35, 36, 37)
