@@ -14,7 +14,7 @@ import emulator
 from milo import ops
 from milo.format.matrix import Encoding
 from milo.kernels import prefill
-from milo.kernels.prefill_config import CONFIGS
+from milo.kernels.prefill_config import CONFIGS, Config
 from operators import Block, check, experts_of, route
 
 
@@ -23,7 +23,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("emulator")
 
 
-def test_moe(folder: Path) -> None:
+@pytest.mark.parametrize("config", [CONFIGS[0], Config(96)], ids=str)
+def test_moe(folder: Path, config: Config) -> None:
     """Unequal ranks, a ragged shape, ids that are elsewhere; the first expert has two items."""
     made = Block(320, 160, [[0, 17, 33], [40, 3, 0], [16, 0, 70]], Encoding(), device="cpu")
     x = torch.randn(130, 320, dtype=torch.bfloat16)
@@ -31,8 +32,8 @@ def test_moe(folder: Path) -> None:
     ids[:60, 0] = 0
     table = torch.tensor([0, 2, -1, 1], dtype=torch.int32)
     with emulator.emulated_prefill(folder, 3):
-        y = prefill.moe_ffn(x, made.gate_up, made.down, ids, weights, "silu", table, CONFIGS[0])
-        again = prefill.moe_ffn(x, made.gate_up, made.down, ids, weights, "silu", table, CONFIGS[0])
+        y = prefill.moe_ffn(x, made.gate_up, made.down, ids, weights, "silu", table, config)
+        again = prefill.moe_ffn(x, made.gate_up, made.down, ids, weights, "silu", table, config)
     check(y, made.expected(x, table[ids].long(), weights))
     assert torch.equal(y, again)
 
@@ -44,5 +45,5 @@ def test_linear(folder: Path) -> None:
     packed = ops.repack([[matrix]], encoding, shape)
     x, bias = torch.randn(90, shape[1], dtype=torch.float16), torch.randn(shape[0], dtype=torch.float16)
     with emulator.emulated_prefill(folder, 4):
-        y = prefill.linear(x, packed, bias, CONFIGS[0])
+        y = prefill.linear(x, packed, bias, Config(96))
     check(y, x.double() @ weight.T + bias.double())

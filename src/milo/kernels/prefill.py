@@ -14,8 +14,9 @@ from milo.kernels.packed_reference import ACTIVATIONS
 from milo.kernels.parameters import Matrix, Routing
 from milo.kernels.prefill_config import CONFIGS, MAX_V_SPLITS, ROW_TILES, SLACK, THREADS, Config, Load, choose
 
-MIN_MEAN_TOKENS = 28  # an expert, from which on these kernels are faster than decode's (docs/log.md)
-_MIN_TOKENS = 65  # of an MoE FFN, likewise
+# Tokens an expert, from which on these kernels are faster than decode's: of many experts, and of few, whose units are
+# too few to hide each other's beginnings (docs/log.md, 2026-11-25 · narrow items).
+MIN_MEAN_TOKENS, _MIN_MEAN_OF_FEW, _FEW = 10, 17, 16
 _LINEAR_TURN = 16  # tokens that decode's kernels multiply a single matrix by at a time
 _LINEAR_WORK = 500  # row tiles times such turns that take it as long as one wave of units takes these (docs/log.md)
 _MAX_TOKENS = 4096  # of one set of launches; more are done in turns, which bounds the workspace
@@ -36,7 +37,8 @@ def supports(device: torch.device, dtype: torch.dtype, experts: int = 1, topk: i
 
 def prefers(tokens: int, topk: int, experts: int) -> bool:
     """Whether so many tokens are worth these kernels in an MoE FFN; `experts`: all that the router chooses from."""
-    return tokens * topk >= MIN_MEAN_TOKENS * experts and tokens >= _MIN_TOKENS
+    least = _MIN_MEAN_OF_FEW if experts <= _FEW else MIN_MEAN_TOKENS
+    return tokens * topk >= least * experts
 
 
 def prefers_linear(tokens: int, row_tiles: int, matrices: int) -> bool:

@@ -45,20 +45,24 @@ class Config:
     def macros(self, bits: int, halves: int, b16: bool, activation: int) -> dict[str, int]:
         """What a module is compiled with."""
         stages, shared = self.ring(bits, halves)
+        producer, consumer = _REGISTERS[self.blocks]
         return {
             "MILO_BF16": int(b16), "MILO_BITS": bits, "MILO_HALVES": halves, "MILO_ACTIVATION": activation,
             "MILO_WIDTH": self.width, "MILO_STAGES": stages, "MILO_SHARED": shared,
             "MILO_LAG": _LAG, "MILO_V_SPLITS": MAX_V_SPLITS,
-            "MILO_BLOCKS": self.blocks,
-            "MILO_PRODUCER_REGISTERS": _REGISTERS[self.blocks][0], "MILO_CONSUMER_REGISTERS": _REGISTERS[self.blocks][1],
+            "MILO_BLOCKS": self.blocks, "MILO_PRODUCER_REGISTERS": producer, "MILO_CONSUMER_REGISTERS": consumer,
         }  # fmt: skip
 
 
-CONFIGS = tuple(Config(width, 2 if width <= 64 else 1) for width in (32, 48, 64, 80, 96, 112, 128, 144, 160))
+# Two blocks of narrow items are faster where units are many, one where they are few.
+CONFIGS = (
+    *(Config(width, 2) for width in (32, 48, 64)),
+    *(Config(width) for width in (48, 64, 80, 96, 112, 128, 144, 160)),
+)
 _SIXTHS = (-1.38, -0.67, -0.21, 0.21, 0.67, 1.38)  # medians of the sixths of a normal distribution
-# Clocks of a stage, those of each of its columns, and those of a unit's start and end a column: fitted to 18 times of
-# the kernels' first version at 1.7 GHz (docs/log.md, 2026-11-25 · prefill, second version).
-_STAGE, _COLUMN, _UNIT = 660.0, 6.1, 88.0
+# Microseconds on an H100 by the blocks an SM: of a stage, and of each of its columns; of a unit's start and end, and of
+# each of its columns; of the rest. Fitted to 189 times at rank 32 (docs/log.md, 2026-11-25 · narrow items).
+_COSTS = {1: (0.374, 0.0031, 3.72, 0.0252, 5.4), 2: (0.632, 0.0062, 3.17, 0.0761, 27.9)}
 
 
 @dataclass(frozen=True)
@@ -86,22 +90,23 @@ def choose(tokens: int, choices: int, everywhere: int, here: int, loads: Sequenc
         everywhere: experts that the router chooses from, 1 for a plain matrix.
         here: those that are on this device.
         loads: the products.
-        processors: blocks that run at a time.
+        processors: SMs.
     """
     mean = tokens * choices / everywhere
 
-    def clocks(config: Config) -> float:
+    def expected(config: Config) -> float:
+        stage, stage_column, once, once_column, rest = _COSTS[config.blocks]
         average, deviation = _items(mean, mean**0.5 if everywhere > 1 else 0.0, config.width)
-        total = 0.0
+        total = rest * len(_SIXTHS)
         for load in loads:
             groups = -(-load.row_tiles // ROW_TILES)
-            unit = load.k_tiles * (_STAGE + _COLUMN * config.width) + _UNIT * config.width
+            unit = load.k_tiles * (stage + stage_column * config.width) + once + once_column * config.width
             for d in _SIXTHS:
                 items = round(here * average + d * here**0.5 * deviation)
-                total += unit * ceil(items * groups / processors)
+                total += unit * ceil(items * groups / (processors * config.blocks))
         return total
 
-    return min(CONFIGS, key=clocks)
+    return min(CONFIGS, key=expected)
 
 
 def _items(mean: float, spread: float, width: int) -> tuple[float, float]:
