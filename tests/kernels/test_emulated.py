@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -126,6 +127,17 @@ def test_linear(rank: int) -> None:
     for tokens in (1, 8, 33):
         x = torch.randn(tokens, shape[1], dtype=torch.float16)
         check(decode.linear(x, packed, bias), x.double() @ weight.T + bias.double())
+
+
+@pytest.mark.parametrize("rank", [0, 17])
+def test_pieces_of_few_units_beside_blocks_of_v(rank: int) -> None:
+    shape, encoding = (128, 3136), Encoding()
+    (matrix,), (weight,) = experts_of(shape, [rank], encoding, rank)
+    packed = ops.repack([[matrix]], encoding, shape)
+    with patch.object(emulator.EmulatedKernels, "slots", 26):
+        for tokens in (1, 33):
+            x = torch.randn(tokens, shape[1], dtype=torch.float16)
+            check(decode.linear(x, packed, None), x.double() @ weight.T)
 
 
 @pytest.mark.parametrize("encoding", [Encoding(), Encoding(6, 64, 6, 8)], ids=str)

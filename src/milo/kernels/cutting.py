@@ -105,16 +105,18 @@ class Config:
         # Few units: whole ones, or equal pieces where that is worth handing sums over. V has blocks of its own, if it
         # can, each of which counts as a piece.
         few, chain = math.ceil(units), -(-k_tiles // self.warps)
-        most = max(1, min(finest, (slots - parts) // few))
-        quanta = min(range(1, most + 1), key=lambda pieces: self._latency(few * pieces + parts, chain, pieces, slots))
+
+        def latency(pieces: int) -> float:
+            """Microseconds for a warp's tiles one after the other, and to add up pieces (H100, docs/log.md)."""
+            blocks = few * pieces + parts
+            tiles = chain / pieces + (chain / splits if parts and blocks > slots else 0)  # V goes ahead
+            alone = blocks <= slots // self.blocks  # on its SM
+            return tiles * 0.45 * (1 if alone else 1.8) + (1.2 + 0.3 * pieces if pieces > 1 else 0)
+
+        quanta = min(range(1, max(1, min(finest, slots // few)) + 1), key=latency)
         blocks = few * quanta
         apart = blocks + parts <= slots
         return Cut(blocks + parts if apart else blocks, quanta, 1 if apart else 0)
-
-    def _latency(self, blocks: int, chain: int, pieces: int, slots: int) -> float:
-        """Microseconds for a warp's `chain` of tiles in so many pieces, and to add these up (H100, docs/log.md)."""
-        alone = blocks <= slots // self.blocks  # on its SM
-        return chain / pieces * 0.45 * (1 if alone else 1.8) + (1.2 + 0.3 * pieces if pieces > 1 else 0)
 
 
 @dataclass(frozen=True)
