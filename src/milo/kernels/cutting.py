@@ -20,7 +20,8 @@ _QUEUE = 128 * 32 + 96  # bytes of a block's queue of parts, and what goes with 
 _WIDE_QUEUE = 64 * 32 + 128
 _WIDE_V_TILES = 32  # tiles along K of a part of V, at least
 _WIDE_LEAST = 6  # ticks that are worth a block
-_RESERVED = 1024  # bytes of shared memory that a block takes beyond its own
+SHARED = 228 << 10  # bytes of shared memory that an SM of sm_90 has
+RESERVED = 1024  # of these a block takes beyond its own
 
 
 @dataclass(frozen=True)
@@ -169,7 +170,7 @@ def fit(config: Config, bits: int, halves: int, shared: int) -> Config | None:
     for blocks in (config.blocks, 1):
         for stages in range(config.stages, 1, -1):
             fitted = replace(config, stages=stages, blocks=blocks)
-            if fitted.shared_bytes(bits, halves) <= shared // blocks - _RESERVED:
+            if fitted.shared_bytes(bits, halves) <= shared // blocks - RESERVED:
                 return fitted
     return None
 
@@ -184,6 +185,6 @@ def choose(tokens: int, pairs: int, experts: int, configs: Sequence[Config] = CO
     return configs[-1]
 
 
-def choose_single(tokens: int, configs: Sequence[Config] = SINGLE) -> Config:
-    """One of `SINGLE`, or what is left of it on a device."""
+def choose_single(tokens: int, configs: Sequence[Config]) -> Config:
+    """One of `SINGLE`, or of what is left of it on a device."""
     return configs[0] if tokens <= _SINGLE_FEW else configs[-1]

@@ -15,20 +15,20 @@ from milo.kernels.cutting import (
     CONFIGS,
     HIGH_RANK,
     MAX_EXPERTS,
+    SHARED,
     SINGLE,
     SPLIT,
     Config,
     choose,
     choose_single,
     fit,
-)  # fmt: skip
+)
 from milo.kernels.launching import CHOICE_DTYPES, Workspace, address, all_at_once, matrices, routing
 from milo.kernels.layout import TILE, PackedMatrix
 from milo.kernels.packed_reference import ACTIVATIONS
 from milo.kernels.parameters import Compensator, Params
 
 MAX_CHOICES = min(config.pairs for config in CONFIGS)
-_SHARED = 228 << 10  # bytes of shared memory an SM of sm_90 has
 _COUNTER_BYTES = 3 << 12  # of a launch's counters
 _STREAMS = 64
 _TURN = 16  # tokens a block of `combine`
@@ -56,7 +56,7 @@ def macros(config: Config, bits: int, halves: int, b16: bool) -> dict[str, int]:
 @cache
 def _fitting(configs: tuple[Config, ...], bits: int, halves: int, device: int) -> tuple[Config, ...]:
     properties = torch.cuda.get_device_properties(device)
-    shared = getattr(properties, "shared_memory_per_multiprocessor", _SHARED)
+    shared = getattr(properties, "shared_memory_per_multiprocessor", SHARED)
     return tuple(fitted for c in configs if (fitted := fit(c, bits, halves, shared)))
 
 
@@ -167,14 +167,11 @@ def moe_ffn(
 
 def _config(x: torch.Tensor, pairs: int, weights: Sequence[PackedMatrix], config: Config | None) -> Config:
     first = weights[0]
-    experts, device = first.codes.shape[0], x.device.index
-    if config:
-        return _fitting((config,), first.bits, first.halves, device)[0]
-    if experts == 1:
-        return choose_single(x.shape[0], _fitting(SINGLE, first.bits, first.halves, device))
+    experts = first.codes.shape[0]
     high = max(weight.v_row_tiles for weight in weights) > HIGH_RANK
-    fitting = _fitting(SPLIT if high else CONFIGS, first.bits, first.halves, device)
-    return choose(x.shape[0], pairs, experts, fitting)
+    family = (config,) if config else SINGLE if experts == 1 else SPLIT if high else CONFIGS
+    fitting = _fitting(family, first.bits, first.halves, x.device.index)
+    return choose_single(x.shape[0], fitting) if experts == 1 else choose(x.shape[0], pairs, experts, fitting)
 
 
 class _Call:

@@ -8,6 +8,7 @@ from functools import cache
 import torch
 
 from milo.kernels import decode, nvrtc
+from milo.kernels.cutting import SINGLE
 from milo.kernels.launching import CHOICE_DTYPES, Workspace, address, all_at_once, matrices, routing
 from milo.kernels.layout import TILE, PackedMatrix
 from milo.kernels.packed_reference import ACTIVATIONS
@@ -17,8 +18,8 @@ from milo.kernels.prefill_config import CONFIGS, MAX_V_SPLITS, ROW_TILES, SLACK,
 # Tokens an expert, from which on these kernels are faster than decode's: of many experts, and of few, whose units are
 # too few to hide each other's beginnings (docs/log.md, 2026-11-25 · narrow items).
 MIN_MEAN_TOKENS, _MIN_MEAN_OF_FEW, _FEW = 10, 17, 16
-_LINEAR_TURN = 16  # tokens that decode's kernels multiply a single matrix by at a time
-_LINEAR_WORK = 500  # row tiles times such turns that take it as long as one wave of units takes these (docs/log.md)
+# Row tiles times decode's turns: what takes it as long as one wave of units takes here (docs/log.md, likewise).
+_LINEAR_WORK = 500
 _MAX_TOKENS = 4096  # of one set of launches; more are done in turns, which bounds the workspace
 _MAX_PAIRS = 32768
 _SORT_THREADS, _COMBINE_THREADS = 1024, 256
@@ -49,7 +50,7 @@ def prefers_linear(tokens: int, row_tiles: int, matrices: int) -> bool:
         row_tiles: of all matrices together.
         matrices: that are stacked, each of which would have launches of its own here.
     """
-    return -(-tokens // _LINEAR_TURN) * row_tiles >= _LINEAR_WORK * matrices
+    return -(-tokens // SINGLE[-1].tokens) * row_tiles >= _LINEAR_WORK * matrices
 
 
 class Preparation(ctypes.Structure):

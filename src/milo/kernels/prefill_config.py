@@ -7,16 +7,16 @@ expert says which fits.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from math import ceil, erfc
+
+from milo.kernels.cutting import RESERVED, SHARED
 
 ROW_TILES = 4  # of a unit
 THREADS = 384
 MAX_V_SPLITS = 16  # parts of K in which `V x` is computed
 SLACK = 1024  # bytes; the kernels put their shared memory on a boundary of that
-_SHARED = 228 << 10  # bytes of shared memory that an SM has
-_RESERVED = 1024  # of these a block takes beyond its own
 _MAX_STAGES = 8
 _LAG = 2  # stages between the two warpgroups of consumers
 # A thread's, of producers and consumers, by the blocks an SM: together the 168 or 80 that each of 384 starts with.
@@ -39,7 +39,7 @@ class Config:
         """Stages of the ring in shared memory, as many as fit, and the bytes that a block takes."""
         stage = self.width * 128 + ROW_TILES * (bits * 512 + halves * 256) + 16
         rest = 2 * self.width * (128 + 8) + 4 * self.width + 192 + 16
-        stages = min(_MAX_STAGES, (_SHARED // self.blocks - _RESERVED - SLACK - rest) // stage)
+        stages = min(_MAX_STAGES, (SHARED // self.blocks - RESERVED - SLACK - rest) // stage)
         return stages, stages * stage + rest
 
     def macros(self, bits: int, halves: int, b16: bool, activation: int) -> dict[str, int]:
@@ -78,7 +78,8 @@ class Load:
     k_tiles: int
 
 
-def choose(tokens: int, choices: int, everywhere: int, here: int, loads: Sequence[Load], processors: int) -> Config:
+@lru_cache(maxsize=4096)  # the layers of a model ask the same
+def choose(tokens: int, choices: int, everywhere: int, here: int, loads: tuple[Load, ...], processors: int) -> Config:
     """The configuration that is expected to be the fastest for a router with no favourites.
 
     A processor takes one unit after another, so what counts is how many the busiest one has: of few and long units a
